@@ -1,0 +1,46 @@
+"""Packaging: the library, its seqio tasks, its launchers, and the gin files as data of the library.
+
+`gin/` must never become a package of its own: it would hide gin-config's module of that name. A wheel carries it as
+`t5x_ssm/gin/`, where `--gin_file` looks for files when there is no clone around.
+"""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "t5x_ssm/__init__.py").read_text()).group(1)
+
+setuptools.setup(
+    name="t5x_ssm",
+    version=VERSION,
+    description="Pretraining state-space and hybrid language models on accelerator pods",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=setuptools.find_packages(include=["t5x_ssm", "t5x_ssm.*", "tasks", "tasks.*", "launch", "launch.*"])
+    + ["t5x_ssm.gin"],
+    package_dir={"t5x_ssm.gin": "gin"},
+    package_data={"t5x_ssm.gin": ["**/*.gin"], "launch": ["*.sh"]},
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "flax>=0.12.8,<0.13",
+        "gin-config>=0.5,<0.6",
+        "grain>=0.2.18,<0.3",
+        "jax>=0.10.2,<0.12",
+        "numpy>=2.0,<3",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "scipy>=1.14,<2",
+        "seqio>=0.0.20,<0.1",
+        "tensorboardX>=2.6,<3",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "plots": ["matplotlib>=3.9,<4"],
+        "test": ["hypothesis>=6.100,<7", "matplotlib>=3.9,<4", "pytest>=8,<10", "ruff>=0.8"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+    },
+)
