@@ -1,0 +1,247 @@
+"""Multi-head attention as a mixer: full, sliding window or non-overlapping chunks; self or cross.
+
+What a query at document position i may see among keys at positions j of the same document:
+
+| span        | causal                    | bidirectional        |
+|-------------|---------------------------|----------------------|
+| `full`      | j <= i                    | everything           |
+| `sliding`   | i - window < j <= i       | abs(i - j) < window  |
+| `chunk`     | j <= i, same chunk        | same chunk           |
+
+A chunk is `window` consecutive positions counted from the start of the document, so a packed batch gives what its documents
+give alone. The sliding window of radius r in LongT5's and SPADE's terms is window = r + 1.
+Local spans are computed blockwise, in memory linear in the length, and their decode cache holds `window` keys however long
+the text; full attention caches every key.
+Collectives under model sharding (heads): one all-reduce of the output projection; none inside attention.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init
+from t5x_ssm.layers.mixer import Run
+from t5x_ssm.layers.positions import RelativeBias, rotate
+from t5x_ssm.parallel.shard import constrain
+
+Array = jax.Array
+SPANS = ("full", "sliding", "chunk")
+# Large and finite: a row whose keys are all masked gives a uniform, not a NaN.
+MASKED = -1e9
+
+
+class Attention(nn.Module):
+    """Self-attention mixer (or cross-attention, when `cross`).
+
+    Attributes:
+      num_heads: query heads.
+      head_dim: width of a head; width / num_heads when None.
+      num_kv_heads: key and value heads, shared by groups of query heads; num_heads when None.
+      span: one of `SPANS`.
+      window: keys a query sees under `sliding` (itself included); chunk length under `chunk`.
+      causal: whether later positions are hidden. Decoding needs it.
+      cross: keys and values come from `encoded`.
+      relative_bias: T5's bucketed bias, a table per layer.
+      rotary: rotary position embedding of queries and keys.
+      scale: factor on the logits; head_dim ** -0.5 when None.
+      use_bias: biases on the four projections.
+      dropout_rate: on the attention weights.
+    """
+
+    num_heads: int = 8
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    span: str = "full"
+    window: int = 512
+    causal: bool = True
+    cross: bool = False
+    relative_bias: bool = False
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    rotary: bool = False
+    scale: float | None = None
+    use_bias: bool = False
+    kernel_init: Initializer = default_kernel_init
+    dropout_rate: float = 0.0
+    feed_forward: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, enable_dropout: bool = True, return_state: bool = False, **call):
+        run = Run(enable_dropout=enable_dropout, return_state=return_state, **call)
+        if self.span not in SPANS:
+            raise ValueError(f"Attention.span = {self.span!r}; it is one of {', '.join(SPANS)}.")
+        if return_state or run.initial_state is not None:
+            raise ValueError("Attention passes its state through the decode cache (prefill=True), not initial_state.")
+        batch, length, width = x.shape
+        head_dim = width // self.num_heads if self.head_dim is None else self.head_dim
+        kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if self.num_heads % kv_heads:
+            raise ValueError(f"Attention.num_kv_heads = {kv_heads} does not divide num_heads = {self.num_heads}.")
+
+        def project(name, inputs, heads):
+            y = Dense(heads * head_dim, ("embed", "joined_kv"), self.use_bias, self.dtype, self.kernel_init, name=name)(
+                inputs
+            )
+            return constrain(y.reshape(*y.shape[:-1], heads, head_dim), ("batch", None, "heads", None))
+
+        source = run.encoded if self.cross else x
+        q, k, v = (
+            project("query", x, self.num_heads),
+            project("key", source, kv_heads),
+            project("value", source, kv_heads),
+        )
+        q = q * (head_dim**-0.5 if self.scale is None else self.scale)
+        bias = None
+        if self.relative_bias:
+            bias = RelativeBias(
+                self.num_heads, self.relative_buckets, self.relative_max_distance, not self.causal, name="relative_bias"
+            )
+        attend = functools.partial(self._attend, bias=bias, enable_dropout=enable_dropout)
+
+        if self.cross:
+            visible = jnp.ones((batch, 1, source.shape[1]), bool)
+            if run.encoded_mask is not None:
+                visible = run.encoded_mask[:, None, :] > 0
+            out = attend(q, k, v, None, None, visible)
+        elif run.decode or run.prefill:
+            out = self._cached(q, k, v, run, attend)
+        else:
+            positions = run.positions
+            if positions is None:
+                positions = jnp.arange(length, dtype=jnp.int32)[None]
+            segments = run.segment_ids
+            if run.padding_mask is not None:
+                padding = run.padding_mask.astype(jnp.int32)
+                segments = padding if segments is None else segments * padding
+            if self.rotary:
+                q, k = rotate(q, positions), rotate(k, positions)
+            if self.span == "full" or length <= self.window:
+                out = attend(q, k, v, positions, positions, self._visible(positions, positions, segments, segments))
+            else:
+                out = self._blockwise(q, k, v, positions, segments, attend, regular=run.positions is None)
+
+        out = out.reshape(batch, length, self.num_heads * head_dim)
+        return Dense(width, ("joined_kv", "embed"), self.use_bias, self.dtype, self.kernel_init, name="out")(out)
+
+    def _visible(self, q_pos: Array, k_pos: Array, q_seg: Array | None, k_seg: Array | None) -> Array:
+        """Which keys [.., K] each query [.., Q] sees: bool [.., Q, K], from positions and segments."""
+        i, j = q_pos[..., :, None], k_pos[..., None, :]
+        visible = (j <= i) if self.causal else jnp.ones(jnp.broadcast_shapes(i.shape, j.shape), bool)
+        if self.span == "sliding":
+            visible &= jnp.abs(i - j) < self.window
+        elif self.span == "chunk":
+            visible &= i // self.window == j // self.window
+        if q_seg is not None:
+            visible &= q_seg[..., :, None] == k_seg[..., None, :]
+        return visible
+
+    def _attend(self, q, k, v, q_pos, k_pos, visible, *, bias, enable_dropout):
+        """Softmax attention: q [.., Q, heads, D], k and v [.., K, kv_heads, D], visible bool [.., Q, K]."""
+        groups = q.shape[-2] // k.shape[-2]
+        q = q.reshape(*q.shape[:-2], k.shape[-2], groups, q.shape[-1])
+        logits = jnp.einsum("...qhgd,...khd->...hgqk", q, k, preferred_element_type=jnp.float32)
+        if bias is not None:
+            table = bias(q_pos, k_pos)  # [.., heads, Q, K]
+            logits = logits + table.reshape(*table.shape[:-3], k.shape[-2], groups, *table.shape[-2:])
+        logits = jnp.where(visible[..., None, None, :, :], logits, MASKED)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        weights = nn.Dropout(self.dropout_rate)(weights, deterministic=not enable_dropout)
+        out = jnp.einsum("...hgqk,...khd->...qhgd", weights, v)
+        return out.reshape(*out.shape[:-3], -1, out.shape[-1])
+
+    def _blockwise(self, q, k, v, positions, segments, attend, *, regular):
+        """Local attention in blocks of `window`: each block of queries sees its own and the neighbouring blocks.
+
+        Args:
+          positions: int [B or 1, L].
+          segments: int [B or 1, L] or None.
+          regular: positions simply count from 0, so that blocks are chunks and all blocks share one relative bias.
+        """
+        length, window = positions.shape[1], self.window
+        alone = regular and self.span == "chunk"
+
+        def blocks(a, value=0):
+            pad = [(0, 0), (0, -length % window)] + [(0, 0)] * (a.ndim - 2)
+            return jnp.pad(a, pad, constant_values=value).reshape(a.shape[0], -1, window, *a.shape[2:])
+
+        def context(a, value=0):
+            if alone:
+                return a
+            empty = jnp.full_like(a[:, :1], value)
+            parts = [jnp.concatenate([empty, a[:, :-1]], axis=1), a]
+            if not self.causal:
+                parts.append(jnp.concatenate([a[:, 1:], empty], axis=1))
+            return jnp.concatenate(parts, axis=2)
+
+        # Segment -1 is nobody's: padding and the blocks beyond both ends are never seen.
+        q_pos, q_seg = blocks(positions), blocks(jnp.ones_like(positions) if segments is None else segments, -1)
+        k_pos, k_seg = context(q_pos), context(q_seg, -1)
+        visible = self._visible(q_pos, k_pos, q_seg, k_seg)
+        if regular:
+            q_pos = jnp.arange(window, dtype=jnp.int32)[None, None]
+            first = 0 if alone else -window
+            k_pos = jnp.arange(first, first + k_pos.shape[-1], dtype=jnp.int32)[None, None]
+        out = attend(blocks(q), context(blocks(k)), context(blocks(v)), q_pos, k_pos, visible)
+        return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+
+    def _cached(self, q, k, v, run: Run, attend):
+        """Consumes tokens from and into the cache: a ring of keys and values, and how many tokens each row has seen."""
+        if not self.causal:
+            raise ValueError("Attention.causal = False cannot decode: its outputs depend on tokens not yet written.")
+        batch, length, kv_heads, head_dim = k.shape
+        created = self.has_variable("cache", "cached_key")
+        # T5X creates the cache by a call at full length: that length is all that full attention will ever hold.
+        slots = length if self.span == "full" else self.window
+        axes = ("batch", None, "heads", None)
+        zeros = lambda: jnp.zeros((batch, slots, kv_heads, head_dim), self.dtype)
+        keys = partitioning.variable_with_axes("cache", "cached_key", zeros, axes=axes)
+        values = partitioning.variable_with_axes("cache", "cached_value", zeros, axes=axes)
+        seen = partitioning.variable_with_axes(
+            "cache", "tokens_seen", lambda: jnp.zeros((batch,), jnp.int32), axes=("batch",)
+        )
+        if run.decode and not created:
+            return jnp.zeros_like(q)
+        slots = keys.value.shape[1]
+        consumed = run.prefill_lengths
+        if consumed is None:
+            consumed = jnp.full((batch,), length, jnp.int32)
+        consumed = consumed.astype(jnp.int32)
+
+        def advance(ring, block):
+            """Attends for a block of at most `slots` new tokens and writes those that are real into the ring."""
+            ring_k, ring_v, count = ring
+            new_q, new_k, new_v, offset = block
+            size = new_q.shape[1]
+            new_pos = count[:, None] + jnp.arange(size, dtype=jnp.int32)
+            if self.rotary:
+                new_q, new_k = rotate(new_q, new_pos), rotate(new_k, new_pos)
+            # The newest position that each slot can hold, negative where nothing was written yet.
+            slot = jnp.arange(slots, dtype=jnp.int32)
+            last = count[:, None] - 1
+            old_pos = last - (last - slot) % slots
+            k_pos = jnp.concatenate([old_pos, new_pos], axis=1)
+            visible = self._visible(new_pos, k_pos, None, None) & (k_pos >= 0)[:, None, :]
+            all_k = jnp.concatenate([ring_k, new_k.astype(ring_k.dtype)], axis=1)
+            all_v = jnp.concatenate([ring_v, new_v.astype(ring_v.dtype)], axis=1)
+            out = attend(new_q, all_k.astype(new_q.dtype), all_v.astype(new_q.dtype), new_pos, k_pos, visible)
+            real = jnp.clip(consumed - offset, 0, size)
+            # Tokens beyond a row's length are sent to a slot that does not exist, and dropped.
+            target = jnp.where(jnp.arange(size) < real[:, None], new_pos % slots, slots)
+            rows = jnp.arange(batch)[:, None]
+            ring_k = ring_k.at[rows, target].set(new_k.astype(ring_k.dtype), mode="drop")
+            ring_v = ring_v.at[rows, target].set(new_v.astype(ring_v.dtype), mode="drop")
+            return (ring_k, ring_v, count + real), out
+
+        ring = (keys.value, values.value, seen.value)
+        outs = []
+        for start in range(0, length, slots):
+            piece = slice(start, min(start + slots, length))
+            ring, out = advance(ring, (q[:, piece], k[:, piece], v[:, piece], start))
+            outs.append(out)
+        keys.value, values.value, seen.value = ring
+        return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)

@@ -1,0 +1,166 @@
+"""The plain pieces every layer is made of: dense projection, norms, token embedding, feed-forward block.
+
+Parameters are float32 and carry logical axes; computation follows `dtype`. Norm statistics and logits are float32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+from t5x_ssm.parallel.shard import constrain
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+# Variance 1/fan_in, truncated normal.
+default_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Dense(nn.Module):
+    """y = x W (+ b) over the last axis of x.
+
+    Attributes:
+      features: size of the output.
+      axes: logical axes of the kernel, (input, output).
+      use_bias: adds a bias, zero at initialization.
+      dtype: type of the computation.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = partitioning.param_with_axes(
+            "kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32, axes=self.axes
+        )
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = partitioning.param_with_axes(
+                "bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=(self.axes[1],)
+            )
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization over the last axis, statistics in float32.
+
+    Attributes:
+      epsilon: added to the variance (1e-6 in T5 and Flax, 1e-5 in the PyTorch references).
+      use_scale: whether there is a learned scale.
+      use_bias: whether there is a learned shift.
+      center: subtract the mean; without it this is the RMS norm of T5.
+      axis: logical axis of the parameters.
+      dtype: type of the result.
+    """
+
+    epsilon: float = 1e-6
+    use_scale: bool = True
+    use_bias: bool = True
+    center: bool = True
+    axis: str = "embed"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.center:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        shape = (x.shape[-1],)
+        if self.use_scale:
+            y = y * partitioning.param_with_axes("scale", nn.initializers.ones, shape, jnp.float32, axes=(self.axis,))
+        if self.use_bias:
+            y = y + partitioning.param_with_axes("bias", nn.initializers.zeros, shape, jnp.float32, axes=(self.axis,))
+        return y.astype(self.dtype)
+
+
+class RMSNorm(LayerNorm):
+    """Root-mean-square norm with a scale and no shift, as in T5."""
+
+    use_bias: bool = False
+    center: bool = False
+
+
+class Embed(nn.Module):
+    """Token embedding, which also gives tied logits.
+
+    Attributes:
+      num_embeddings: vocabulary size.
+      features: width.
+      init_scale: standard deviation of the initial table.
+      dtype: type of the embedded tokens.
+    """
+
+    num_embeddings: int
+    features: int
+    init_scale: float = 0.02
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.embedding = partitioning.param_with_axes(
+            "embedding",
+            nn.initializers.normal(self.init_scale),
+            (self.num_embeddings, self.features),
+            jnp.float32,
+            axes=("vocab", "embed"),
+        )
+
+    def __call__(self, tokens_BL: Array) -> Array:
+        """Embeds int tokens [B, L] into [B, L, features]."""
+        return jnp.take(self.embedding.astype(self.dtype), tokens_BL, axis=0)
+
+    def attend(self, x: Array) -> Array:
+        """Logits of x [..., features] against the table: float32 [..., vocabulary]."""
+        table = self.embedding.astype(self.dtype)
+        return jnp.einsum("...d,vd->...v", x.astype(self.dtype), table, preferred_element_type=jnp.float32)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "sigmoid": nn.sigmoid,
+    "tanh": jnp.tanh,
+    "linear": lambda x: x,
+}
+
+
+class MLP(nn.Module):
+    """Feed-forward block; several activations make it gated (their branches are multiplied), as in T5 v1.1.
+
+    Attributes:
+      hidden: width of the hidden layer.
+      activations: names from `ACTIVATIONS`; ("gelu", "linear") is GEGLU.
+      use_bias: biases on both projections.
+      dropout_rate: of the hidden layer.
+    """
+
+    hidden: int
+    activations: Sequence[str] = ("gelu_tanh",)
+    use_bias: bool = False
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, enable_dropout: bool = True) -> Array:
+        branches = []
+        for i, name in enumerate(self.activations):
+            projection = "wi" if len(self.activations) == 1 else f"wi_{i}"
+            h = Dense(self.hidden, ("embed", "mlp"), self.use_bias, self.dtype, name=projection)(x)
+            branches.append(ACTIVATIONS[name](h))
+        h = branches[0]
+        for branch in branches[1:]:
+            h = h * branch
+        h = constrain(h, ("batch", "length", "mlp"))
+        h = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(h, deterministic=not enable_dropout)
+        return Dense(x.shape[-1], ("mlp", "embed"), self.use_bias, self.dtype, name="wo")(h)

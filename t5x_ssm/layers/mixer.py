@@ -1,0 +1,137 @@
+"""What makes mixers interchangeable: one call signature, and one way for state-space mixers to run their core.
+
+Every mixer (attention or state space) is a linen module whose fields are its configuration and whose call is
+
+    y_BLD = mixer(x_BLD, *, segment_ids=None, positions=None, padding_mask=None, encoded=None, encoded_mask=None,
+                  enable_dropout=True, decode=False, prefill=False, prefill_lengths=None,
+                  initial_state=None, return_state=False)
+
+and returns (y, state) when `return_state` is set. Decode state lives in the `cache` collection, every leaf batch-first:
+  * `decode=True` without a cache creates the zero state and consumes nothing;
+  * `prefill=True` consumes the first prefill_lengths[b] positions of row b, starting from the cached state;
+  * `decode=True` with a cache consumes one token.
+"""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+from t5x_ssm.parallel.shard import shard
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How one call of a mixer is to run, and the arrays that come with the activations (see the module docstring)."""
+
+    segment_ids: Array | None = None  # [B, L] int; 0 is padding, a change begins a new document
+    positions: Array | None = None  # [B, L] int, within the document
+    padding_mask: Array | None = None  # [B, L]; zero or False at padding
+    encoded: Array | None = None  # [B, S, D], for cross-attention
+    encoded_mask: Array | None = None  # [B, S]
+    enable_dropout: bool = True
+    decode: bool = False
+    prefill: bool = False
+    prefill_lengths: Array | None = None  # [B] int
+    initial_state: Any = None
+    return_state: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreAxes:
+    """Logical axes of what a core is given, for running it on the shards of a mesh.
+
+    Attributes:
+      system: a tuple a leaf of the discretised system (a pytree prefix).
+      inputs: of the input and output sequence [B, L, H].
+      state: of each leaf of the state.
+    """
+
+    system: Any
+    inputs: tuple[str | None, ...]
+    state: Any
+
+
+def document_starts(segment_ids: Array) -> Array:
+    """True where a packed document begins: [B, L] bool from segment ids [B, L]. Position 0 always begins one."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.concatenate([jnp.ones_like(changed, shape=(segment_ids.shape[0], 1)), changed], axis=1)
+
+
+def run_state_space(module: nn.Module, core: ModuleType, system: Any, u: Array, axes: CoreAxes, run: Run):
+    """Runs a state-space core in the mode that a mixer's call asks for.
+
+    Called inside the mixer's compact method, because the decode state becomes a variable of that module.
+
+    Args:
+      module: the mixer.
+      core: a module of `t5x_ssm.ssm` with zero_state, convolve, chunked, prefill and step.
+      system: its discretised parameters.
+      u: input [B, L, H].
+      axes: how the arrays may be sharded.
+      run: the mode.
+
+    Returns:
+      (y [B, L, H], state after the last consumed token or None).
+    """
+    batch = u.shape[0]
+    if run.padding_mask is not None:
+        u = u * run.padding_mask[..., None].astype(u.dtype)
+    inputs, per_row = axes.inputs, (axes.inputs[0],)
+    token = (axes.inputs[0], axes.inputs[2])
+
+    if run.decode or run.prefill:
+        cached = module.has_variable("cache", "state_0")
+        zero, treedef = jax.tree.flatten(core.zero_state(system, batch))
+        leaf_axes = treedef.flatten_up_to(axes.state)
+        variables = [
+            partitioning.variable_with_axes("cache", f"state_{i}", lambda z=z: z, axes=names)
+            for i, (z, names) in enumerate(zip(zero, leaf_axes, strict=True))
+        ]
+        state = treedef.unflatten([v.value for v in variables])
+        if run.decode and not cached:
+            return jnp.zeros_like(u), state
+        if run.decode and u.shape[1] == 1:
+            step = shard(core.step, (axes.system, token, axes.state), (token, axes.state))
+            y, state = step(system, u[:, 0], state)
+            y = y[:, None]
+        else:
+            lengths = run.prefill_lengths
+            if lengths is None:
+                lengths = jnp.full((batch,), u.shape[1], jnp.int32)
+            prefill = shard(
+                lambda system, u, lengths, state: core.prefill(system, u, lengths, state=state),
+                (axes.system, inputs, per_row, axes.state),
+                (inputs, axes.state),
+            )
+            y, state = prefill(system, u, lengths, state)
+        for variable, leaf in zip(variables, jax.tree.leaves(state), strict=True):
+            variable.value = leaf
+        return y, state
+
+    if run.segment_ids is None and run.initial_state is None and not run.return_state:
+        return shard(core.convolve, (axes.system, inputs), inputs)(system, u), None
+
+    state = core.zero_state(system, batch) if run.initial_state is None else run.initial_state
+    if run.segment_ids is None:
+        resets = jnp.zeros(u.shape[:2], bool)
+        known_clean = True
+    else:
+        resets = document_starts(run.segment_ids)
+        # A given state belongs to the document that position 0 continues.
+        if run.initial_state is not None:
+            resets = resets.at[:, 0].set(False)
+        known_clean = False
+
+    def chunked(system, u, state, resets):
+        return core.chunked(system, u, state=state, resets=None if known_clean else resets)
+
+    return shard(chunked, (axes.system, inputs, axes.state, (axes.inputs[0], None)), (inputs, axes.state))(
+        system, u, state, resets
+    )

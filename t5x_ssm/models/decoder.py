@@ -1,0 +1,111 @@
+"""Decoder-only language model over any pattern of mixers, under the call signature that T5X's DecoderOnlyModel expects."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import FrozenDict
+
+from t5x_ssm.layers.basic import Dense, Embed, LayerNorm
+from t5x_ssm.models.mixers import DEFAULT_MIXERS
+from t5x_ssm.models.stack import Context, Factory, Mode, Stack
+from t5x_ssm.parallel.shard import constrain
+
+Array = jax.Array
+
+
+class Decoder(nn.Module):
+    """Embedding, stack, final norm, logits.
+
+    Attributes:
+      vocab_size: size of the vocabulary, special ids included.
+      embed_dim: width of the residual stream.
+      pattern, num_layers: the layers, see `models.pattern`.
+      mixers: from the pattern's names to mixer factories; names that are missing here are looked up among the defaults.
+      mlp: factory of the feed-forward block for mixers that have one.
+      norm: factory of the norms.
+      pre_norm, dropout_rate, remat_policy, scan_layers: see `models.stack.Stack`.
+      embed_dropout_rate: on the embedded tokens.
+      embed_init_scale: standard deviation of the initial embedding.
+      logits_via_embedding: tie the output projection to the embedding.
+      dtype: of activations and projections; logits, norm statistics and state spaces are float32.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    pattern: str = "gss"
+    num_layers: int | None = None
+    mixers: Mapping[str, Factory] = FrozenDict()
+    mlp: Factory | None = None
+    norm: Factory = LayerNorm
+    pre_norm: bool = True
+    dropout_rate: float = 0.0
+    embed_dropout_rate: float = 0.0
+    embed_init_scale: float = 0.02
+    logits_via_embedding: bool = True
+    remat_policy: str = "none"
+    scan_layers: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        decoder_input_tokens: Array,
+        decoder_target_tokens: Array,
+        decoder_segment_ids: Array | None = None,
+        decoder_positions: Array | None = None,
+        decoder_causal_attention: Array | None = None,
+        *,
+        enable_dropout: bool = True,
+        decode: bool = False,
+        max_decode_length: int | None = None,
+        prefill: bool = False,
+        prefill_lengths: Array | None = None,
+    ) -> Array:
+        """Logits of the next token at every position.
+
+        Args:
+          decoder_input_tokens: int [B, L], the targets shifted right.
+          decoder_target_tokens: int [B, L]; only their shape matters here.
+          decoder_segment_ids: int [B, L], documents packed into a row; 0 is padding.
+          decoder_positions: int [B, L], positions within the documents.
+          decoder_causal_attention: marks a prefix as T5X does; the prefix is causal here all the same.
+          enable_dropout: whether dropout acts; needs the `dropout` rng.
+          decode, prefill, prefill_lengths: the cache protocol, see `layers.mixer`.
+          max_decode_length: T5X's argument; the cache's own length decides.
+
+        Returns:
+          float32 [B, L, vocab_size].
+        """
+        del decoder_causal_attention, max_decode_length
+        if decode and prefill:
+            raise ValueError("decode and prefill are two modes: set one of them.")
+        dropout = nn.Dropout(self.embed_dropout_rate, broadcast_dims=(-2,))
+        embed = Embed(self.vocab_size, self.embed_dim, self.embed_init_scale, self.dtype, name="token_embedder")
+        x = dropout(embed(decoder_input_tokens), deterministic=not enable_dropout)
+        x = constrain(x, ("batch", "length", "embed"))
+
+        context = Context(segment_ids=decoder_segment_ids, positions=decoder_positions, prefill_lengths=prefill_lengths)
+        x = Stack(
+            pattern=self.pattern,
+            mixers={**DEFAULT_MIXERS, **self.mixers},
+            num_layers=self.num_layers,
+            mlp=self.mlp,
+            norm=self.norm,
+            pre_norm=self.pre_norm,
+            dropout_rate=self.dropout_rate,
+            remat_policy=self.remat_policy,
+            scan_layers=self.scan_layers,
+            dtype=self.dtype,
+            name="decoder",
+        )(x, context, Mode(enable_dropout, decode, prefill))
+
+        if self.pre_norm:
+            x = self.norm(dtype=self.dtype, name="final_norm")(x)
+        if self.logits_via_embedding:
+            logits = embed.attend(x)
+        else:
+            logits = Dense(self.vocab_size, ("embed", "vocab"), dtype=self.dtype, name="logits")(x).astype(jnp.float32)
+        return constrain(logits, ("batch", "length", "vocab"))

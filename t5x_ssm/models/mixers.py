@@ -1,0 +1,18 @@
+"""The mixers that a pattern can name, with the settings their papers use. A network's own `mixers` come first."""
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from t5x_ssm.layers.attention import Attention
+from t5x_ssm.layers.gss import GSS
+from t5x_ssm.models.stack import Factory
+
+DEFAULT_MIXERS: Mapping[str, Factory] = MappingProxyType(
+    {
+        "gss": GSS,
+        "attn": functools.partial(Attention, span="full"),
+        "swa": functools.partial(Attention, span="sliding"),
+        "chunk": functools.partial(Attention, span="chunk"),
+    }
+)

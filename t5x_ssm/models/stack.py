@@ -1,0 +1,175 @@
+"""A stack of layers from a pattern: residual blocks, scanned over the repeating period, with rematerialization."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+from flax.struct import dataclass as pytree
+
+from t5x_ssm.errors import UserError
+from t5x_ssm.layers.basic import LayerNorm
+from t5x_ssm.models import pattern as pattern_language
+from t5x_ssm.parallel.shard import constrain
+
+Array = jax.Array
+Factory = Callable[..., nn.Module]
+
+# What the backward pass may keep of a layer's forward pass.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,  # keep everything
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@pytree
+class Context:
+    """Arrays that every layer of a stack sees beside the activations; see `layers.mixer.Run`."""
+
+    segment_ids: Array | None = None
+    positions: Array | None = None
+    padding_mask: Array | None = None
+    encoded: Array | None = None
+    encoded_mask: Array | None = None
+    prefill_lengths: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How a stack is run; static, because each mode is another program."""
+
+    enable_dropout: bool = True
+    decode: bool = False
+    prefill: bool = False
+
+
+class Block(nn.Module):
+    """One layer: norm, mixer, residual; then norm, feed-forward, residual where the mixer has a feed-forward partner.
+
+    Attributes:
+      mixer: builds the mixer; its field `feed_forward` says whether a feed-forward block follows.
+      mlp: builds the feed-forward block.
+      norm: builds a norm.
+      pre_norm: normalize the input of each sublayer; otherwise the sum after it (post-norm).
+      dropout_rate: on each sublayer's output before it joins the residual stream.
+    """
+
+    mixer: Factory
+    mlp: Factory | None
+    mode: Mode
+    norm: Factory = LayerNorm
+    pre_norm: bool = True
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Context) -> Array:
+        mode = self.mode
+        dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+
+        def sublayer(x, name, function):
+            norm = self.norm(dtype=self.dtype, name=f"{name}_norm")
+            y = function(norm(x) if self.pre_norm else x)
+            x = x + dropout(y, deterministic=not mode.enable_dropout)
+            x = x if self.pre_norm else norm(x)
+            return constrain(x, ("batch", "length", "embed"))
+
+        mixer = self.mixer(dtype=self.dtype, name="mixer")
+        arrays = {field.name: getattr(context, field.name) for field in dataclasses.fields(context)}
+        x = sublayer(x, "mixer", lambda x: mixer(x, **arrays, **dataclasses.asdict(mode)))
+        if mixer.feed_forward:
+            if self.mlp is None:
+                raise UserError(
+                    f"{type(mixer).__name__} is followed by a feed-forward block, but the network has no mlp."
+                )
+            mlp = self.mlp(dtype=self.dtype, name="mlp")
+            x = sublayer(x, "mlp", lambda x: mlp(x, enable_dropout=mode.enable_dropout))
+        return x
+
+
+class Period(nn.Module):
+    """One repetition of a segment: its blocks in order. The body of a scan."""
+
+    blocks: tuple[Factory, ...]
+
+    @nn.compact
+    def __call__(self, x: Array, context: Context):
+        for i, block in enumerate(self.blocks):
+            x = block(name=f"block_{i}")(x, context)
+        return x, None
+
+
+class Stack(nn.Module):
+    """All layers of an encoder or decoder.
+
+    Parameters are under `segment_<i>/block_<j>`; with `scan_layers` every leaf, of parameters and of the cache, has a
+    leading axis over the repetitions of its segment, segments of a single repetition included: T5X shifts the batch axis of
+    all cache leaves alike.
+
+    Attributes:
+      pattern: see `models.pattern`.
+      num_layers: depth; the pattern's length when None.
+      mixers: from the pattern's names to mixer factories.
+      mlp, norm, pre_norm, dropout_rate: see `Block`.
+      remat_policy: a key of `REMAT_POLICIES`.
+      scan_layers: compile each segment once and scan; otherwise unroll (`segment_<i>_<repetition>`).
+    """
+
+    pattern: str
+    mixers: Mapping[str, Factory]
+    num_layers: int | None = None
+    mlp: Factory | None = None
+    norm: Factory = LayerNorm
+    pre_norm: bool = True
+    dropout_rate: float = 0.0
+    remat_policy: str = "none"
+    scan_layers: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Context, mode: Mode) -> Array:
+        if self.remat_policy not in REMAT_POLICIES:
+            raise UserError(f"remat_policy = {self.remat_policy!r}; it is one of {', '.join(REMAT_POLICIES)}.")
+        layers = pattern_language.parse(self.pattern, self.num_layers, self.mixers)
+
+        def block(kind):
+            def build(name):
+                return Block(
+                    mixer=self.mixers[kind],
+                    mlp=self.mlp,
+                    mode=mode,
+                    norm=self.norm,
+                    pre_norm=self.pre_norm,
+                    dropout_rate=self.dropout_rate,
+                    dtype=self.dtype,
+                    name=name,
+                )
+
+            return build
+
+        body = Period
+        if self.remat_policy != "none" and not (mode.decode or mode.prefill):
+            body = partitioning.remat(
+                Period, prevent_cse=not self.scan_layers, policy=REMAT_POLICIES[self.remat_policy]
+            )
+        for i, segment in enumerate(pattern_language.segments(layers)):
+            blocks = tuple(block(kind) for kind in segment.period)
+            if self.scan_layers:
+                scanned = partitioning.scan_with_axes(
+                    body,
+                    variable_axes={"params": 0, "cache": 0},
+                    split_rngs={"params": True, "dropout": True},
+                    in_axes=nn.broadcast,
+                    length=segment.repeats,
+                    axis_name="layers",
+                )
+                x, _ = scanned(blocks, name=f"segment_{i}")(x, context)
+            else:
+                for repetition in range(segment.repeats):
+                    x, _ = body(blocks, name=f"segment_{i}_{repetition}")(x, context)
+        return x
