@@ -1,0 +1,98 @@
+"""The state of training, and the tree it is saved as.
+
+On disk it is T5X's tree, `{'target': params, 'state': {'step', 'param_states'}}`, where `param_states` is Flax's state
+dict of the Optax state without its empty nodes (Optax marks parameters of other groups, and stateless transformations,
+by nodes that hold no array; checkpoint stores cannot say "nothing here").
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import serialization, struct, traverse_util
+
+from t5x_ssm.errors import UserError
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything a train step reads and writes.
+
+    Attributes:
+      step: int32 scalar, the number of train steps taken, skipped ones included.
+      params: tree of parameters.
+      opt_state: state of the optimizer.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+        """The state before the first step."""
+        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+    def to_tree(self) -> dict[str, Any]:
+        """T5X's tree of nested dicts, whose leaves are this state's own arrays."""
+        return {
+            "target": serialization.to_state_dict(self.params),
+            "state": {"step": self.step, "param_states": _without_empty(serialization.to_state_dict(self.opt_state))},
+        }
+
+    def from_tree(self, tree: dict[str, Any]) -> "TrainState":
+        """A state of this one's structure with the leaves of `tree`.
+
+        Args:
+          tree: T5X's tree, as `to_tree` makes it; leaves of any kind (arrays, shapes, shardings).
+
+        Raises:
+          UserError: the leaves are not those of this state; names them.
+        """
+        check_same_leaves(self.to_tree(), tree)
+        opt_state = _with_empty(serialization.to_state_dict(self.opt_state), tree["state"].get("param_states", {}))
+        return TrainState(
+            step=tree["state"]["step"],
+            params=serialization.from_state_dict(self.params, tree["target"]),
+            opt_state=serialization.from_state_dict(self.opt_state, opt_state),
+        )
+
+
+def check_same_leaves(expected: dict[str, Any], found: dict[str, Any], limit: int = 8) -> None:
+    """Checks that two nested dicts have the same leaves, of the same shapes where both have shapes.
+
+    Raises:
+      UserError: they differ; the message names up to `limit` leaves of each kind of difference.
+    """
+    expected, found = (traverse_util.flatten_dict(tree, sep="/") for tree in (expected, found))
+    reshaped = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(leaf.shape)}"
+        for name, leaf in expected.items()
+        if name in found and getattr(leaf, "shape", None) != getattr(found[name], "shape", getattr(leaf, "shape", None))
+    ]
+    differences = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "not of this model or optimizer": sorted(found.keys() - expected.keys()),
+        "of another shape": reshaped,
+    }
+    lines = []
+    for kind, names in differences.items():
+        if names:
+            more = f" and {len(names) - limit} more" if len(names) > limit else ""
+            lines.append(f"  {len(names)} {kind}: {', '.join(names[:limit])}{more}")
+    if lines:
+        raise UserError("The saved state is of another model or optimizer; leaves that differ:\n" + "\n".join(lines))
+
+
+def _without_empty(tree: dict[str, Any]) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(tree))
+
+
+def _with_empty(template: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with the empty nodes of `template` put back."""
+    empty = {
+        path: leaf
+        for path, leaf in traverse_util.flatten_dict(template, keep_empty_nodes=True).items()
+        if leaf is traverse_util.empty_node
+    }
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(tree) | empty)
