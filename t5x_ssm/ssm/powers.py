@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from t5x_ssm.ssm.double_float import value_with_derivative_of
+
 # Elements of the largest array that a tile group of `modal_sum` or `moments` makes: 2^22 float32 values are 16 MiB.
 GROUP_ELEMENTS = 1 << 22
 
@@ -49,7 +51,7 @@ def fraction_of_turns(turns, turns_low, exponents):
     wrapped = exponents * (whole.astype(jnp.int32) + whole_low.astype(jnp.int32))
     length = exponents.astype(turns.dtype)
     value = wrapped.astype(turns.dtype) * 2.0**-32 + length * rest * 2.0**-32
-    return value + length * (turns - lax.stop_gradient(turns))
+    return value_with_derivative_of(value, length * turns)
 
 
 def power(pole: Pole, exponents):
@@ -67,6 +69,15 @@ def power(pole: Pole, exponents):
     angle = 2 * jnp.pi * fraction_of_turns(turns, low, exponents)
     size = jnp.exp(log_decay * exponents.astype(log_decay.dtype))
     return size * jnp.cos(angle), size * jnp.sin(angle)
+
+
+def power_minus_one(pole: Pole, exponents):
+    """Ā^l - 1 without cancellation where Ā^l is close to 1; arguments and results as `power`."""
+    exponents = jnp.asarray(exponents)
+    log_decay, turns, low = (x.reshape(x.shape + (1,) * exponents.ndim) for x in pole)
+    angle = 2 * jnp.pi * fraction_of_turns(turns, low, exponents)
+    exponent = log_decay * exponents.astype(log_decay.dtype)
+    return jnp.expm1(exponent) - 2 * jnp.exp(exponent) * jnp.sin(angle / 2) ** 2, jnp.exp(exponent) * jnp.sin(angle)
 
 
 def multiply(a_re, a_im, b_re, b_im):
