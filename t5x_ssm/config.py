@@ -1,0 +1,254 @@
+"""Command lines and gin files, read strictly: a binding that would have no effect is an error.
+
+Every entry point takes T5X's flags:
+
+    --gin_file=FILE            repeatable; later files win. Looked up as given, then in --gin_search_paths, then among the
+                               project's own files (`models/gss_192m.gin` is found from any folder)
+    --gin.NAME=VALUE           a macro (--gin.BATCH_SIZE=64) or a parameter (--gin.decoder.Decoder.num_layers=8). A VALUE
+                               that is not gin syntax is taken as a string, so quotes may be left out
+    --gin_search_paths=A,B
+
+gin itself ignores a misspelt macro and a parameter of something that the configuration never uses. `check` finds both.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+from gin import config as gin_config
+
+from t5x_ssm.errors import UserError
+
+PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def gin_folder() -> pathlib.Path:
+    """Where the project's gin files are: beside the package in a clone, inside it in an installed wheel."""
+    inside = PACKAGE / "gin"
+    return inside if inside.is_dir() else PACKAGE.parent / "gin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What the command line says.
+
+    Attributes:
+      gin_files, bindings, search_paths: for `load`.
+      options: the entry point's own options.
+    """
+
+    gin_files: tuple[str, ...]
+    bindings: tuple[str, ...]
+    search_paths: tuple[str, ...]
+    options: argparse.Namespace
+
+
+def parse_arguments(argv: Sequence[str], parser: argparse.ArgumentParser) -> Arguments:
+    """Reads the flags above, and those that `parser` already has.
+
+    Raises:
+      UserError: a `--gin.` flag without a value.
+    """
+    parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="gin file; repeatable")
+    parser.add_argument("--gin_bindings", action="append", default=[], metavar="NAME=VALUE", help="one gin binding")
+    parser.add_argument("--gin_search_paths", default="", metavar="A,B", help="more folders to look for gin files in")
+    rewritten = []
+    for argument in argv:
+        if argument.startswith("--gin."):
+            if "=" not in argument:
+                raise UserError(f"{argument}: a gin flag is written --gin.NAME=VALUE.")
+            argument = "--gin_bindings=" + argument.removeprefix("--gin.")
+        rewritten.append(argument)
+    options = parser.parse_args(rewritten)
+    paths = tuple(path for path in options.gin_search_paths.split(",") if path)
+    return Arguments(tuple(options.gin_file), tuple(options.gin_bindings), paths, options)
+
+
+def load(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> None:
+    """Reads files, then bindings, into gin's configuration, replacing what it held.
+
+    Raises:
+      UserError: a file that is missing or cannot be read, an unknown name; the nearest names are suggested.
+    """
+    gin.clear_config()
+    for folder in (*search_paths, str(gin_folder())):
+        gin.add_config_file_search_path(folder)
+    # gin logs an error for every folder of the search path that does not have a file.
+    logging.disable(logging.ERROR)
+    try:
+        with _explained():
+            gin.parse_config_files_and_bindings(list(gin_files), [], finalize_config=False)
+    finally:
+        logging.disable(logging.NOTSET)
+    for binding in bindings:
+        name, _, value = binding.partition("=")
+        with _explained(f"--gin.{binding}"):
+            gin.parse_config(f"{name.strip()} = {_as_gin_value(value.strip())}")
+
+
+def check(root: Callable) -> None:
+    """Checks that the configuration is complete and that all of it is used by `root`.
+
+    Args:
+      root: the configured function that the program will call.
+
+    Raises:
+      UserError: a macro that still must be given, or bindings that have no effect.
+    """
+    missing = [
+        scope for (scope, selector), params in gin_config._CONFIG.items()
+        if selector == "gin.macro" and params.get("value") is gin.REQUIRED
+    ]  # fmt: skip
+    reachable = _reachable(root)
+    needed = sorted(name for name in missing if (name, "gin.macro") in reachable)
+    if needed:
+        flags = " ".join(f"--gin.{name}=…" for name in needed)
+        raise UserError(f"{', '.join(needed)} must be set: {flags}")
+    used = sorted(scope for scope, selector in reachable if selector == "gin.macro")
+    for key, params in gin_config._CONFIG.items():
+        if key in reachable or not params:
+            continue
+        scope, selector = key
+        if selector == "gin.macro":
+            raise UserError(f"Nothing uses {scope}.{_nearest(scope, used)}")
+        minimal = gin_config._REGISTRY.minimal_selector(selector)
+        name = f"{scope}/{minimal}" if scope else minimal
+        raise UserError(f"{name}.{next(iter(params))} has no effect: nothing in the configuration refers to @{name}.")
+
+
+def description(without: Sequence[str] = ()) -> dict[str, str]:
+    """The configuration as flat 'name: value' text, to tell one run from another.
+
+    Args:
+      without: prefixes of names to leave out: what may change between two starts of one run.
+    """
+    flat = {}
+    for (scope, selector), params in gin_config._CONFIG.items():
+        if selector == "gin.macro":
+            continue
+        minimal = gin_config._REGISTRY.minimal_selector(selector)
+        for parameter, value in params.items():
+            name = f"{scope}/{minimal}.{parameter}" if scope else f"{minimal}.{parameter}"
+            if not any(name.startswith(prefix) for prefix in without):
+                flat[name] = repr(_without_macros(value))
+    return flat
+
+
+def run_main(main: Callable[[Sequence[str]], Any]) -> None:
+    """Runs an entry point: mistakes of the user end with a message and status 2, everything else with a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status or 0)
+
+
+def _as_gin_value(text: str) -> str:
+    try:
+        gin.parse_value(text)
+    except (SyntaxError, ValueError):
+        if text[:1] in "%@([{'\"":
+            return text
+        return repr(text)
+    return text
+
+
+def _reachable(root: Callable) -> set[tuple[str, str]]:
+    """(scope, selector) of every binding that a call of `root` would use."""
+    selector = gin_config._REGISTRY.get_match(f"{root.__module__}.{root.__qualname__}")
+    seen: set[tuple[str, str]] = set()
+    todo = [("", selector.selector)] if selector else []
+    while todo:
+        scope, selector = todo.pop()
+        # A call in scope a/b uses the bindings of '', a and a/b.
+        parts = scope.split("/") if scope else []
+        for depth in range(len(parts) + 1):
+            key = ("/".join(parts[:depth]), selector)
+            if key in seen:
+                continue
+            seen.add(key)
+            for value in gin_config._CONFIG.get(key, {}).values():
+                for reference in _references(value):
+                    todo.append((reference.scoped_selector.rpartition("/")[0], reference.selector)
+                                if not isinstance(reference, _Macro) else (reference.name, "gin.macro"))  # fmt: skip
+    return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class _Macro:
+    name: str
+
+
+def _references(value: Any) -> Iterator[Any]:
+    for part in gin_config._iterate_flattened_values(value):
+        if isinstance(part, gin_config.ConfigurableReference):
+            yield _Macro("/".join(part.scope_components)) if part.selector == "gin.macro" else part
+
+
+def _without_macros(value: Any) -> Any:
+    """`value` with the macros in it replaced by what they stand for."""
+    if isinstance(value, gin_config.ConfigurableReference) and value.selector == "gin.macro":
+        return _without_macros(gin_config._CONFIG[("/".join(value.scope_components), "gin.macro")]["value"])
+    if isinstance(value, dict):
+        return {k: _without_macros(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_macros(v) for v in value)
+    return value
+
+
+class _explained:
+    """Turns gin's errors into messages that name what is near."""
+
+    def __init__(self, where: str = ""):
+        self._where = where
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None or not isinstance(error, Exception) or isinstance(error, UserError):
+            return False
+        text = str(error).strip()
+        if isinstance(error, OSError) and "Unable to open file" in text:
+            name = text.split(":")[-1].strip() if ":" in text else text
+            files = [str(p.relative_to(gin_folder())) for p in sorted(gin_folder().rglob("*.gin"))]
+            wanted = text.split("Unable to open file: ")[-1].split(".gin")[0] + ".gin"
+            raise UserError(
+                f"No gin file {wanted!r} here or among the project's own.{_nearest(wanted, files)}"
+            ) from None
+        first = " ".join(line.strip() for line in text.splitlines() if line.strip())
+        hint = ""
+        if "doesn't have a parameter named" in text:
+            selector, parameter = text.split("'")[-4], text.split("doesn't have a parameter named '")[1].split("'")[0]
+            selector = text.split("Configurable '")[1].split("'")[0] if "Configurable '" in text else selector
+            match = gin_config._REGISTRY.get_match(selector)
+            names = list(inspect.signature(match.wrapped).parameters) if match else []
+            hint = _nearest(parameter, [n for n in names if n not in ("parent", "name")])
+        elif "No configurable matching" in text:
+            name = text.split("No configurable matching '")[1].split("'")[0]
+            hint = _nearest(name, [gin_config._REGISTRY.minimal_selector(s) for s in gin_config._REGISTRY])
+        prefix = f"{self._where}: " if self._where else ""
+        raise UserError(f"{prefix}{first}{hint}") from None
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    if near:
+        return f" Did you mean {' or '.join(near)}?"
+    return f" There are: {', '.join(sorted(names))}." if 0 < len(names) <= 40 else ""

@@ -1,0 +1,191 @@
+"""Pretraining: `python -m t5x_ssm.train --gin_file=quickstart.gin --gin.MODEL_DIR=/tmp/run`.
+
+Start it again with the same command and it goes on from the newest checkpoint. SIGTERM and Ctrl-C finish the step, save,
+and leave with status 0.
+"""
+
+import argparse
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import gin
+import jax
+
+from t5x_ssm import config as config_lib
+from t5x_ssm.data import feed as feed_lib
+from t5x_ssm.parallel import mesh as mesh_lib
+from t5x_ssm.training import checkpoints, trainer as trainer_lib
+from t5x_ssm.training.metrics import MetricsLog
+from t5x_ssm.training.optimizers import Optimizer
+from t5x_ssm.training.sharded_state import parameter_table
+
+# What may differ between two starts of one run: how long, how often, where; not what is learnt.
+NOT_PART_OF_A_RUN = (
+    "train.train.total_steps",
+    "train.train.model_dir",
+    "train.train.eval",
+    "train.train.checkpoint_cfg",
+    "train.train.trainer",
+    "train.train.mesh",
+    "checkpoints.",
+    "trainer.TrainerConfig.log",
+    "trainer.TrainerConfig.profile",
+    "trainer.TrainerConfig.max",
+    "trainer.TrainerConfig.tensorboard",
+    "mesh.MeshConfig",
+    "train_eval/",
+    "schedules.",
+)
+
+
+def train(
+    *,
+    model: Any,
+    optimizer: Optimizer,
+    train_dataset_cfg: feed_lib.DatasetConfig,
+    checkpoint_cfg: checkpoints.CheckpointConfig,
+    model_dir: str,
+    total_steps: int,
+    train_eval_dataset_cfg: feed_lib.DatasetConfig | None = None,
+    eval_steps: int | None = None,
+    eval_period: int = 1000,
+    random_seed: int = 0,
+    mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig(),
+    trainer: trainer_lib.TrainerConfig = trainer_lib.TrainerConfig(),
+) -> int:
+    """Trains `model` and keeps everything about the run in `model_dir`.
+
+    Args:
+      model: the objective, see `models.objectives`.
+      optimizer: see `training.optimizers`.
+      train_dataset_cfg: training data.
+      checkpoint_cfg: when to save and what to start from.
+      model_dir: run folder: checkpoints, `config.gin`, `model-info.txt`, `metrics.jsonl`, event files.
+      total_steps: steps in all, those of earlier starts included.
+      train_eval_dataset_cfg: held-out data, or None.
+      eval_steps: batches of an evaluation; the whole split when None.
+      eval_period: steps between evaluations; 0 evaluates only at the end.
+      random_seed: of initial parameters, dropout and data order.
+      mesh: sizes of the mesh axes.
+      trainer: settings of the loop.
+
+    Returns:
+      The exit status, 0.
+    """
+    use_compilation_cache()
+    folder = pathlib.Path(model_dir)
+    main = jax.process_index() == 0
+    device_mesh = mesh_lib.make_mesh(mesh)
+    checkpoints.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
+
+    feed = feed_lib.open_feed(
+        train_dataset_cfg, process_index=jax.process_index(), process_count=jax.process_count(), seed=random_seed
+    )
+    run = trainer_lib.Trainer(
+        model, optimizer, device_mesh, feed_lib.batch_shapes(train_dataset_cfg), seed=random_seed, config=trainer
+    )
+    evaluations = []
+    if train_eval_dataset_cfg is not None:
+        evaluations = evaluations_of(train_eval_dataset_cfg, eval_steps)
+
+    checkpointer = checkpoints.Checkpointer(folder, checkpoint_cfg.save)
+    loop = trainer_lib.LoopState()
+    restored = checkpointer.restore(run.abstract_state.to_tree())
+    if restored is not None:
+        state = run.abstract_state.from_tree(restored.tree)
+        feed.restore(restored.dataset_state)
+        loop.restore(restored.metadata["loop"])
+        first_step = restored.step
+    else:
+        state = run.initial_state()
+        first_step = 0
+        if checkpoint_cfg.restore.path:
+            parameters = checkpoints.restore_parameters(checkpoint_cfg.restore.path, run.abstract_state.params)
+            state = state.replace(params=parameters)
+
+    if main:
+        write_summary(folder, run, optimizer)
+    log = None
+    if main:
+        events = folder if trainer.tensorboard else None
+        log = MetricsLog(folder / "metrics.jsonl", resume_step=first_step, tensorboard_dir=events)
+    if first_step:
+        logging.info("Continuing %s from step %d of %d.", folder, first_step, total_steps)
+
+    def save(step, state, dataset_state, loop_state):
+        checkpointer.save(step, state.to_tree(), dataset_state, {"loop": loop_state})
+
+    try:
+        state, step, stopped_by = trainer_lib.fit(
+            run,
+            state,
+            feed,
+            loop,
+            first_step=first_step,
+            total_steps=total_steps,
+            model_dir=folder,
+            log=log,
+            save=save,
+            save_due=checkpointer.due,
+            evaluations=evaluations,
+            eval_period=eval_period,
+            bytes_per_token=feed.bytes_per_token,
+        )
+    finally:
+        feed.close()
+        checkpointer.close()
+        if log is not None:
+            log.close()
+    if stopped_by:
+        logging.info("%s at step %d: saved. Start the same command again to go on from there.", stopped_by, step)
+    elif step > first_step:
+        logging.info("Done: step %d, %s.", step, folder)
+    else:
+        logging.info("%s has already reached step %d of %d; nothing to do.", folder, step, total_steps)
+    return 0
+
+
+def evaluations_of(cfg: feed_lib.DatasetConfig, eval_steps: int | None) -> list[trainer_lib.Evaluation]:
+    """The held-out set of `cfg`, limited to `eval_steps` batches."""
+    held_out = feed_lib.open_evaluation(
+        cfg, process_index=jax.process_index(), process_count=jax.process_count(), max_batches=eval_steps
+    )
+    return [trainer_lib.Evaluation(cfg.split, held_out.batches, held_out.bytes_per_token)]
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a restart begins at once. JAX_COMPILATION_CACHE_DIR moves them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "t5x_ssm", "xla"))
+
+
+def write_summary(folder: pathlib.Path, run: trainer_lib.Trainer, optimizer: Optimizer) -> None:
+    """Writes `config.gin` and `model-info.txt`, and prints the parameter groups."""
+    params = run.abstract_state.params
+    groups = optimizer.group_table(params)
+    shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    (folder / "config.gin").write_text(gin.operative_config_str())
+    (folder / "model-info.txt").write_text(f"mesh: {shape}\n\n{parameter_table(params)}\n\n{groups}\n")
+    logging.info("%s", groups)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Configures `train` from the command line and runs it."""
+    parser = argparse.ArgumentParser(prog="python -m t5x_ssm.train", description=__doc__)
+    arguments = config_lib.parse_arguments(argv, parser)
+    config_lib.load(arguments.gin_files, arguments.bindings, arguments.search_paths)
+    # Run as a script this file is __main__; gin files configure its twin, t5x_ssm.train.
+    from t5x_ssm.train import train as configured
+
+    config_lib.check(configured)
+    return gin.get_configurable(configured)()
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [os.getcwd()] if os.getcwd() not in sys.path else []
+    config_lib.run_main(main)

@@ -1,0 +1,87 @@
+"""The train state on a mesh: which device holds which part of every leaf, and a first state made in place."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5x_ssm.parallel import rules
+from t5x_ssm.training.optimizers import Optimizer
+from t5x_ssm.training.train_state import TrainState
+
+
+def abstract_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str, Any], mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state, without any array.
+
+    Optimizer moments are sharded like the parameters that they belong to; what has another shape than its parameter
+    (factored statistics, counters) is replicated.
+
+    Args:
+      objective: has `init`, see `models.objectives`.
+      optimizer: see `training.optimizers`.
+      batch_shapes: shapes of a global batch.
+      mesh: the device mesh.
+
+    Returns:
+      A TrainState of jax.ShapeDtypeStructs with shardings.
+    """
+    variables = jax.eval_shape(lambda: objective.init(jax.random.key(0), batch_shapes))
+    params = variables["params"]
+    shardings = rules.parameter_shardings(params, variables["params_axes"], mesh)
+    state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+    by_path = {
+        tuple(_key(k) for k in path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def with_sharding(path, leaf):
+        keys = tuple(_key(k) for k in path)
+        suffixes = (keys[i:] for i in range(len(keys)))
+        shape, sharding = next((by_path[s] for s in suffixes if s in by_path), (None, whole))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if shape == leaf.shape else whole)
+
+    return jax.tree_util.tree_map_with_path(with_sharding, state)
+
+
+def initial_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str, Any], abstract: TrainState, rng):
+    """Makes the first state directly in its shards: no device ever holds a whole parameter that is split."""
+
+    def make(rng):
+        params = objective.init(rng, batch_shapes)["params"]
+        return TrainState.create(params, optimizer)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(make, out_shardings=shardings)(rng)
+
+
+def parameter_table(params: Any) -> str:
+    """One line a parameter: path, shape, type, sharding, bytes in all and per device; then the totals."""
+    rows = [("parameter", "shape", "type", "sharding", "bytes", "bytes/device")]
+    count = total = per_device = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        size = leaf.size * jnp.dtype(leaf.dtype).itemsize
+        local = size
+        spec = ""
+        if leaf.sharding is not None:
+            local = jnp.dtype(leaf.dtype).itemsize
+            for dim in leaf.sharding.shard_shape(leaf.shape):
+                local *= dim
+            spec = str(tuple(leaf.sharding.spec)) if isinstance(leaf.sharding, NamedSharding) else ""
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rows.append((name, "x".join(map(str, leaf.shape)), str(leaf.dtype), spec, f"{size:,}", f"{local:,}"))
+        count, total, per_device = count + leaf.size, total + size, per_device + local
+    rows.append((f"total: {count:,} parameters", "", "", "", f"{total:,}", f"{per_device:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _key(entry: Any) -> str:
+    return jax.tree_util.keystr((entry,), simple=True)
