@@ -7,6 +7,7 @@ floats survive JSON exactly, so a resumed run writes the lines that an uninterru
 """
 
 import collections
+import errno
 import json
 import math
 import os
@@ -209,7 +210,12 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: str | os.PathLike, *, resume_step: int = 0, tensorboard_dir: str | os.PathLike | None = None
+        self,
+        path: str | os.PathLike,
+        *,
+        resume_step: int = 0,
+        tensorboard_dir: str | os.PathLike | None = None,
+        enabled: bool = True,
     ):
         """Opens the log for appending.
 
@@ -217,21 +223,21 @@ class MetricsLog:
           path: the file; made if missing, with its folder.
           resume_step: the step the run goes on from; 0 for a new run.
           tensorboard_dir: folder for event files; None writes none.
+          enabled: False on all processes but one; then nothing is read or written.
         """
-        self._path = pathlib.Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._rows = _take_back(self._path, resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._fd = None
         self._events = None
+        if not enabled:
+            return
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _take_back(path, resume_step)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         if tensorboard_dir is not None:
             import tensorboardX
 
             # TensorBoard hides what earlier event files hold from purge_step on.
             self._events = tensorboardX.SummaryWriter(str(tensorboard_dir), purge_step=resume_step + 1)
-
-    def has(self, step: int, split: str = "train") -> bool:
-        """Whether the history holds a line of `split` at `step`."""
-        return (step, split) in self._rows
 
     def write(self, step: int, values: Mapping[str, float], split: str = "train") -> None:
         """Appends one line and hands it to the operating system.
@@ -240,28 +246,41 @@ class MetricsLog:
           step: the step the values belong to.
           values: numbers by name; those that are not finite are written as null.
           split: 'train', or the name of an evaluation; it groups the curves in TensorBoard.
+
+        Raises:
+          OSError: the line could not be written whole (the disk is full); then nothing of it stays in the file.
         """
+        if self._fd is None:
+            return
         row = {"step": step, "split": split} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        self._rows.add((step, split))
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        size = os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._fd, size)
+            raise
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(f"{split}/{name}", value, step)
 
     def sync(self) -> None:
         """Makes everything written so far durable; call it before a checkpoint is committed."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._fd is not None:
+            os.fsync(self._fd)
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
-        """Syncs and closes."""
+        """Syncs and closes; a second call does nothing."""
         self.sync()
-        self._file.close()
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
         if self._events is not None:
             self._events.close()
+            self._events = None
 
 
 def history(path: str | os.PathLike, split: str | None = None, timings: bool = True) -> list[dict[str, Any]]:
@@ -297,21 +316,21 @@ def _parse(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any] | None, str
             yield number, row if isinstance(row, dict) and {"step", "split"} <= row.keys() else None, text
 
 
-def _take_back(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
-    """Drops the lines after `step`; returns (step, split) of those that stay."""
+def _take_back(path: pathlib.Path, step: int) -> None:
+    """Drops the lines after `step`, in one atomic rewrite, and only if there are any."""
     if not path.exists():
-        return set()
+        return
     lines = list(_parse(path))
-    kept = [(row, text) for _, row, text in lines if row is not None and row["step"] <= step]
-    if len(kept) < len(lines):
-        unreadable = [text for _, row, text in lines if row is None and text.endswith("\n")]
-        if unreadable:
-            with path.with_name(path.name + ".unreadable").open("a", encoding="utf-8") as aside:
-                aside.writelines(unreadable)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(text for _, text in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    return {(row["step"], row["split"]) for row, _ in kept}
+    kept = [text for _, row, text in lines if row is not None and row["step"] <= step]
+    if len(kept) == len(lines):
+        return
+    unreadable = [text for _, row, text in lines if row is None and text.endswith("\n")]
+    if unreadable:
+        with path.with_name(path.name + ".unreadable").open("a", encoding="utf-8") as aside:
+            aside.writelines(unreadable)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -20,11 +20,12 @@ import optax
 from t5x_ssm.errors import UserError
 from t5x_ssm.training import schedules
 
-STATE_SPACE_PATTERN = (
-    r"(^|/)[^/]*ssm[^/]*/(.*/)?"
-    r"(log_dt|log_step|lambda_\w+|a_\w+|b|b_re|b_im|p|p_re|p_im|dt_\w+)$"
-)
-NO_DECAY_PATTERN = r"(^|/)[^/]*norm[^/]*(/|$)|(^|/)(scale|bias|\w+_bias)$"
+# A, Δ and B of every state space: leaves of a module called `ssm`, `shift_ssm`, …
+STATE_SPACE_PATTERN = r"(^|/)(\w+_)?ssm/(.*/)?(lambda_\w+|a_\w+|log_dt\w*|log_step|b|b_re|b_im|p_re|p_im)$"
+# Everything in a module whose name contains `norm`, and every leaf that is a scale or a bias.
+NO_DECAY_PATTERN = r"(^|/)\w*norm\w*/|(^|/)(scale|bias|\w+_bias)$"
+# Parameters with a leading axis over layers, as `models.stack` names them when it scans.
+STACKED_PATTERN = r"(^|/)segment_\d+/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +211,7 @@ def adafactor(
     weight_decay: float = 0.0,
     groups: Sequence[ParameterGroup] | None = None,
     clip_global_norm: float | None = None,
+    stacked_pattern: str | None = STACKED_PATTERN,
 ) -> Optimizer:
     """Adafactor (Shazeer & Stern 2018) by parameter groups.
 
@@ -227,6 +229,8 @@ def adafactor(
       weight_decay: decoupled decay, times the learning rate, of groups that set none.
       groups: parameter groups, first match wins; `default_groups()` if None.
       clip_global_norm: largest norm of all gradients together; None does not clip.
+      stacked_pattern: paths of parameters whose first axis runs over layers. Each layer then has its own RMS, as if it
+        were a parameter of its own; the axis is never factored unless it is one of the two largest.
     """
 
     def scale(group: ParameterGroup) -> optax.GradientTransformation:
@@ -237,8 +241,8 @@ def adafactor(
                 epsilon=eps,
                 min_dim_size_to_factor=min_dim_size_to_factor,
             ),
-            optax.identity() if clipping_threshold is None else optax.clip_by_block_rms(clipping_threshold),
-            optax.scale_by_param_block_rms() if group.parameter_scaled else optax.identity(),
+            optax.identity() if clipping_threshold is None else _clip_by_rms(clipping_threshold, stacked_pattern),
+            _scale_by_parameter_rms(stacked_pattern) if group.parameter_scaled else optax.identity(),
             optax.identity()
             if momentum is None
             else optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype),
@@ -349,6 +353,30 @@ def _clip(max_norm: float, groups: Sequence[ParameterGroup]) -> optax.GradientTr
         return jax.tree.map(lambda g: g * factor, grads), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _clip_by_rms(threshold: float, stacked_pattern: str | None) -> optax.GradientTransformation:
+    """Adafactor's update clipping: u / max(1, RMS(u) / threshold), per parameter and layer."""
+
+    def clip(path, update):
+        return update / jnp.maximum(1.0, _rms(path, update, stacked_pattern) / threshold)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates))
+
+
+def _scale_by_parameter_rms(stacked_pattern: str | None, minimum: float = 1e-3) -> optax.GradientTransformation:
+    """Adafactor's relative step size: u * max(minimum, RMS(parameter)), per parameter and layer."""
+
+    def scale(path, update, param):
+        return update * jnp.maximum(minimum, _rms(path, param, stacked_pattern))
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates, params))
+
+
+def _rms(path: Any, x: jax.Array, stacked_pattern: str | None) -> jax.Array:
+    """Root mean square of a parameter, or of each layer of a stacked one; broadcasts against it."""
+    stacked = stacked_pattern is not None and re.search(stacked_pattern, parameter_path(path)) is not None
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=tuple(range(int(stacked), x.ndim)), keepdims=True))
 
 
 def _trainable_norm(grads: Any, groups: Sequence[ParameterGroup]) -> jax.Array:

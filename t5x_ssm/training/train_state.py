@@ -9,10 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import serialization, struct, traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.training.optimizers import parameter_path
 
 
 class TrainState(struct.PyTreeNode):
@@ -56,6 +59,44 @@ class TrainState(struct.PyTreeNode):
             params=serialization.from_state_dict(self.params, tree["target"]),
             opt_state=serialization.from_state_dict(self.opt_state, opt_state),
         )
+
+
+def state_shardings(state: TrainState, param_shardings: Any) -> TrainState:
+    """Shardings of a whole state from those of its parameters.
+
+    A leaf of the optimizer state lies as the parameter whose path ends its own path: moments exactly so, Adafactor's
+    factored moments without the axis that was averaged away. Everything else is replicated.
+
+    Args:
+      state: a state of arrays or shapes.
+      param_shardings: tree of NamedShardings like its parameters.
+    """
+    mesh = jax.tree.leaves(param_shardings)[0].mesh
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.leaves(param_shardings)
+    by_path = {
+        parameter_path(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(state.params), shardings, strict=True)
+    }
+
+    def sharding_of(path, leaf):
+        parts = parameter_path(path).split("/")
+        owner = next((i for i in range(len(parts)) if "/".join(parts[i:]) in by_path), None)
+        if owner is None:
+            return replicated
+        shape, sharding = by_path["/".join(parts[owner:])]
+        if leaf.shape == shape:
+            return sharding
+        averaged = {"v_row": -1, "v_col": -2}.get(parts[owner - 1])
+        if averaged is None or len(leaf.shape) != len(shape) - 1:
+            return replicated
+        # Optax averages a row over the largest axis and a column over the second largest.
+        axis = int(np.argsort(shape)[averaged])
+        spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
+        return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+
+    opt_state = jax.tree_util.tree_map_with_path(sharding_of, state.opt_state)
+    return TrainState(step=replicated, params=param_shardings, opt_state=opt_state)
 
 
 def check_same_leaves(expected: dict[str, Any], found: dict[str, Any], limit: int = 8) -> None:
