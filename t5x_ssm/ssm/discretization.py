@@ -15,7 +15,8 @@ from t5x_ssm.ssm.powers import Pole, multiply, power_minus_one
 _SMALLEST_SQUARE = 1e-30
 
 
-def _divide(a_re, a_im, b_re, b_im):
+def divide(a_re, a_im, b_re, b_im):
+    """The complex quotient of two pairs of real arrays, as a pair."""
     norm = b_re * b_re + b_im * b_im
     return multiply(a_re / norm, a_im / norm, b_re, -b_im)
 
@@ -46,7 +47,7 @@ def zoh(lambda_re, lambda_im, step, step_im=None) -> tuple[Pole, tuple]:
     minus_one = power_minus_one(pole, jnp.ones((), jnp.int32))
     # (Ā - 1)/Λ tends to Δ with Λ: two terms of its series stand in where Λ² would underflow.
     slow = jnp.square(lambda_re) + jnp.square(lambda_im.high) < 1e-24
-    gain_re, gain_im = _divide(*minus_one, jnp.where(slow, 1.0, lambda_re), lambda_im.high)
+    gain_re, gain_im = divide(*minus_one, jnp.where(slow, 1.0, lambda_re), lambda_im.high)
     return pole, (
         jnp.where(slow, step.high * (1 + pole.log_decay / 2), gain_re),
         jnp.where(slow, step.high * angle.high / 2, gain_im),

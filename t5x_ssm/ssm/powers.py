@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from t5x_ssm.ssm.double_float import value_with_derivative_of
+from t5x_ssm.ssm import double_float
+from t5x_ssm.ssm.double_float import Double, value_with_derivative_of
 
 # Elements of the largest array that a tile group of `modal_sum` or `moments` makes: 2^22 float32 values are 16 MiB.
 GROUP_ELEMENTS = 1 << 22
@@ -78,6 +79,16 @@ def power_minus_one(pole: Pole, exponents):
     angle = 2 * jnp.pi * fraction_of_turns(turns, low, exponents)
     exponent = log_decay * exponents.astype(log_decay.dtype)
     return jnp.expm1(exponent) - 2 * jnp.exp(exponent) * jnp.sin(angle / 2) ** 2, jnp.exp(exponent) * jnp.sin(angle)
+
+
+def one_step(pole: Pole) -> tuple[Double, Double]:
+    """Real and imaginary part of Ā as pairs of floats.
+
+    A recurrence multiplies by Ā once a token, so the rounding of a single float would grow with the number of tokens.
+    """
+    size = double_float.add(double_float.constant(1, pole.log_decay.dtype), jnp.expm1(pole.log_decay))
+    cosine, sine = double_float.cosine_and_sine(Double(pole.turns, pole.turns_low))
+    return double_float.multiply(size, cosine), double_float.multiply(size, sine)
 
 
 def multiply(a_re, a_im, b_re, b_im):
