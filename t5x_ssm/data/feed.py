@@ -1,0 +1,397 @@
+"""Feeds: what a training loop reads its batches from, and how they are opened from a configuration.
+
+A training feed never ends and knows its position: `state()` belongs to the batch that `next()` would return, however
+far the background thread has read ahead, and `restore` continues with exactly that batch. With the token cache
+(`source="cache"`) the position is (seed, step), good for any number of processes. With a live seqio pipeline
+(`source="seqio"`, see `t5x_ssm.data.live`) it is the pipeline's iterator state, good for the same number.
+
+An evaluation feed ends: it holds each token of a split once, in order, and knows how many bytes of text they stand
+for, so that bits per byte = nats / ln 2 / bytes.
+"""
+
+import dataclasses
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from t5x_ssm.data import sources
+from t5x_ssm.data.prefetch import Prefetcher
+from t5x_ssm.data.sources import Batch
+from tasks import cache
+
+logger = logging.getLogger(__name__)
+
+TARGETS = cache.FEATURE
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """What to read; T5X's names for T5X's settings.
+
+    Attributes:
+      mixture_or_task_name: a registered seqio task or mixture.
+      task_feature_lengths: {'targets': tokens per row}.
+      split: 'train', 'validation', …
+      batch_size: rows per step over all processes.
+      shuffle: whether training rows are shuffled; evaluation reads in order and insists on False.
+      seed: seed of the shuffling; None takes the run's.
+      pack: whether documents inside a row are told apart by segment ids and positions. With source='cache', rows are
+        always full windows of the concatenated documents, and pack=False makes each one running text; with
+        source='seqio', pack=False gives each document (or piece of one) a padded row of its own, as in T5X.
+      use_cached: whether a live pipeline reads seqio's own offline cache; not for source='cache'.
+      module: a module to import for its registrations, when seqio is needed at all. Deprecated in T5X, where gin
+        files import modules.
+      source: 'cache' (the token cache, made if it is missing) or 'seqio' (the live pipeline).
+      cache_dir: where token caches lie; None means `tasks.cache.default_cache_dir()`.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    split: str
+    batch_size: int
+    shuffle: bool = True
+    seed: int | None = None
+    pack: bool = True
+    use_cached: bool = False
+    module: str | None = None
+    source: str = "cache"
+    cache_dir: str | os.PathLike | None = None
+
+
+class Feed(Protocol):
+    """A training feed. It may be closed by `with`."""
+
+    vocabulary: dict[str, Any]
+
+    def next(self) -> Batch:
+        """This process's rows of the next batch, [batch_size / process_count, length] each."""
+
+    def state(self) -> dict[str, Any]:
+        """A JSON-able position that belongs to the batch that `next()` returns next."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to a position that `state()` gave; ValueError if it belongs to other data or settings."""
+
+    def close(self) -> None:
+        """Ends the background thread."""
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time that `next()` has waited for data, over the feed's life."""
+
+    @property
+    def ready(self) -> int:
+        """Batches that wait in the queue now."""
+
+
+def open_feed(
+    config: DatasetConfig,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    seed: int = 0,
+    prefetch: int = 2,
+    barrier: Callable[[], None] | None = None,
+) -> Feed:
+    """Opens a training feed.
+
+    Args:
+      config: what to read.
+      process_index: this process; it reads the rows [i, i + 1) * batch_size / process_count of every batch.
+      process_count: number of processes that share each batch.
+      seed: the run's seed, used where `config.seed` is None.
+      prefetch: batches to hold ready.
+      barrier: makes all processes wait for each other. With it, process 0 makes a missing cache while the others wait;
+        a process that still finds none (its machine has its own disk) makes one as well.
+
+    Raises:
+      ValueError: for settings that cannot be followed, an unknown task or split, or a damaged cache; the message
+        names the setting or the file.
+    """
+    check_config(config, process_count)
+    seed = seed if config.seed is None else config.seed
+    if config.source == "seqio":
+        from t5x_ssm.data.live import LiveFeed
+
+        return LiveFeed(config, process_index=process_index, process_count=process_count, seed=seed, prefetch=prefetch)
+    mixture = _open_cache(config, process_index, process_count, barrier)
+    return IndexedFeed(
+        mixture, config, process_index=process_index, process_count=process_count, seed=seed, prefetch=prefetch
+    )
+
+
+def open_evaluation(
+    config: DatasetConfig,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    barrier: Callable[[], None] | None = None,
+) -> dict[str, "EvaluationFeed"]:
+    """Opens a split for evaluation: one feed per task of the mixture, by the task's name.
+
+    The length may be any, also longer than documents: windows run over document ends. Arguments and errors as in
+    `open_feed`; `config.shuffle` must be False and `config.source` 'cache'.
+    """
+    check_config(config, process_count)
+    if config.source != "cache":
+        raise ValueError(
+            "Evaluation reads the token cache, which knows exact byte counts: set DatasetConfig.source='cache'."
+        )
+    if config.shuffle:
+        raise ValueError("Evaluation reads a split once and in order: set DatasetConfig.shuffle=False for it.")
+    mixture = _open_cache(config, process_index, process_count, barrier)
+    return {
+        stream.task: EvaluationFeed(
+            stream,
+            length=config.task_feature_lengths[TARGETS],
+            batch_size=config.batch_size,
+            segments=config.pack,
+            vocabulary=mixture.vocabulary,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        for stream in mixture.streams
+    }
+
+
+class IndexedFeed:
+    """Batches of a cached mixture; the position is (seed, step)."""
+
+    def __init__(
+        self,
+        mixture: sources.CachedMixture,
+        config: DatasetConfig,
+        *,
+        process_index: int,
+        process_count: int,
+        seed: int,
+        prefetch: int,
+    ):
+        self.vocabulary = mixture.vocabulary
+        length = config.task_feature_lengths[TARGETS]
+        # Everything that a batch is a function of, besides the step.
+        self._identity = {
+            "kind": "indexed",
+            "name": mixture.name,
+            "split": config.split,
+            "data": mixture.checksum,
+            "seed": seed,
+            "length": length,
+            "batch_size": config.batch_size,
+            "shuffle": config.shuffle,
+            "pack": config.pack,
+        }
+        self._rows = sources.training_rows(mixture, length, seed=seed, shuffle=config.shuffle, segments=config.pack)
+        local = config.batch_size // process_count
+        self._batch_size = config.batch_size
+        self._local_rows = range(process_index * local, (process_index + 1) * local)
+        self._prefetch = prefetch
+        self._step = 0
+        self._waited = 0.0
+        self._prefetcher: Prefetcher[Batch] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """This process's rows of the batch of any step."""
+        first = step * self._batch_size
+        return sources.stack([self._rows[first + row] for row in self._local_rows])
+
+    def next(self) -> Batch:
+        if self._prefetcher is None:
+            # Only now: a feed that is restored first never reads the beginning.
+            start = self._step
+            self._prefetcher = Prefetcher(lambda i: self.batch(start + i), depth=self._prefetch)
+        batch = self._prefetcher.next()
+        self._step += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        return {**self._identity, "step": self._step}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_identity(state, self._identity)
+        self.close()
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._waited += self._prefetcher.wait_seconds
+            self._prefetcher = None
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._waited + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
+
+    @property
+    def ready(self) -> int:
+        return self._prefetcher.ready if self._prefetcher else 0
+
+    def __enter__(self) -> "IndexedFeed":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class EvaluationFeed:
+    """Each token of a stream once, in order, as batches [batch_size / process_count, length]; iterate it as often as
+    you like.
+
+    The last window and the last batch are padded; padding has loss weight 0. Every process sees the same number of
+    batches.
+
+    Attributes:
+      task: the task's name.
+      num_batches: number of batches.
+      vocabulary: description of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        stream: sources.TokenStream,
+        *,
+        length: int,
+        batch_size: int,
+        segments: bool,
+        vocabulary: dict[str, Any],
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if len(stream) == 0:
+            raise ValueError(f"{stream.task!r} has no tokens in this split; there is nothing to evaluate.")
+        self.task = stream.task
+        self.vocabulary = vocabulary
+        self._stream, self._length, self._segments = stream, length, segments
+        self._batch_size = batch_size
+        local = batch_size // process_count
+        self._local_rows = range(process_index * local, (process_index + 1) * local)
+        self.num_batches = -(-len(stream) // (length * batch_size))
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.num_batches):
+            yield sources.stack([self._row(step * self._batch_size + row) for row in self._local_rows])
+
+    def num_tokens(self, batches: int | None = None) -> int:
+        """Tokens (the sum of the loss weights over all processes) of the first `batches` batches, of all if None."""
+        batches = self.num_batches if batches is None else batches
+        return min(batches * self._batch_size * self._length, len(self._stream))
+
+    def num_bytes(self, batches: int | None = None) -> int:
+        """Bytes of text that those tokens stand for; exact for the whole split, and otherwise to the document that
+        the last batch ends in, whose bytes are shared out evenly over its tokens."""
+        return int(self._stream.bytes_before([self.num_tokens(batches)])[0])
+
+    def _row(self, row: int) -> Batch:
+        end = len(self._stream)
+        start, stop = min(row * self._length, end), min((row + 1) * self._length, end)
+        return self._stream.window(start, stop, self._length, segments=self._segments)
+
+
+def check_config(config: DatasetConfig, process_count: int) -> None:
+    """Raises ValueError, naming the setting, where a configuration cannot be followed."""
+    lengths = dict(config.task_feature_lengths)
+    if TARGETS not in lengths:
+        raise ValueError(f"TASK_FEATURE_LENGTHS must have a length for {TARGETS!r}, but it is {lengths}.")
+    for feature, length in lengths.items():
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"TASK_FEATURE_LENGTHS[{feature!r}] must be a positive integer, but it is {length!r}.")
+    if config.batch_size < 1 or config.batch_size % process_count:
+        raise ValueError(
+            f"BATCH_SIZE must be a positive multiple of the number of processes ({process_count}), but it is "
+            f"{config.batch_size}."
+        )
+    if config.source not in ("cache", "seqio"):
+        raise ValueError(f"DatasetConfig.source must be 'cache' or 'seqio', but it is {config.source!r}.")
+    if config.source == "cache" and len(lengths) > 1:
+        raise ValueError(
+            f"The token cache has only the feature {TARGETS!r}, but TASK_FEATURE_LENGTHS is {lengths}. Leave out the "
+            "others, or set DatasetConfig.source='seqio'."
+        )
+    if config.source == "cache" and config.use_cached:
+        raise ValueError(
+            "USE_CACHED_TASKS (DatasetConfig.use_cached) means seqio's offline cache, which only source='seqio' reads. "
+            "Set it to False: the token cache is used, and made when it is missing."
+        )
+
+
+def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises ValueError if a saved position belongs to a feed of other data or settings."""
+    differing = [name for name in identity if state.get(name) != identity[name]]
+    if differing:
+        details = "; ".join(f"{name}: saved {state.get(name)!r}, now {identity[name]!r}" for name in differing)
+        raise ValueError(
+            f"The checkpoint's data position belongs to another data configuration ({details}). Set these back to go "
+            "on with this run, or start one in a new MODEL_DIR."
+        )
+
+
+def check_vocabulary(
+    vocabulary: Mapping[str, Any], *, embedding_size: int | None = None, expected_hash: str | None = None
+) -> None:
+    """Raises ValueError if data of this vocabulary does not fit a model or a checkpoint.
+
+    Args:
+      vocabulary: a feed's `vocabulary`.
+      embedding_size: rows of the model's embedding table; it may be larger than the vocabulary (padded).
+      expected_hash: the vocabulary hash that a checkpoint was trained with.
+    """
+    what = f"The data's vocabulary ({vocabulary['name']}, {vocabulary['size']} ids)"
+    if embedding_size is not None and vocabulary["size"] > embedding_size:
+        raise ValueError(f"{what} has more ids than the model's vocabulary size {embedding_size}; raise the latter.")
+    if expected_hash is not None and vocabulary["hash"] != expected_hash:
+        raise ValueError(
+            f"{what} is not the one that the checkpoint was trained with (hash {vocabulary['hash']}, expected "
+            f"{expected_hash}): its token ids would mean other text. Use the task's original vocabulary."
+        )
+
+
+def _open_cache(
+    config: DatasetConfig, process_index: int, process_count: int, barrier: Callable[[], None] | None
+) -> sources.CachedMixture:
+    name, cache_dir = config.mixture_or_task_name, pathlib.Path(config.cache_dir or cache.default_cache_dir())
+    path = cache.find(name, cache_dir)
+    if process_count > 1 and barrier is not None:
+        try:
+            if path is None and process_index == 0:
+                path = _make_cache(name, cache_dir, config.module)
+        finally:
+            # Also after a failure: the others would wait for ever. They fail in the same way.
+            barrier()
+        path = path or cache.find(name, cache_dir)
+    if path is None:
+        path = _make_cache(name, cache_dir, config.module)
+    return sources.CachedMixture(path, config.split)
+
+
+def _make_cache(name: str, cache_dir: pathlib.Path, module: str | None) -> pathlib.Path:
+    """Runs `tasks.cache`: here if the program has registered the task itself, else in a process of its own.
+
+    The other process keeps TensorFlow's memory, threads and claim on accelerators out of a training process.
+    """
+    logger.info("There is no token cache of %s in %s yet; making it (once).", name, cache_dir)
+    modules = ["tasks", module] if module else ["tasks"]
+    seqio = sys.modules.get("seqio")
+    if seqio and name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+        return cache.build(name, cache_dir, modules=modules[1:])
+    command = [sys.executable, "-m", "tasks.cache", f"--mixture={name}", f"--cache_dir={cache_dir}"]
+    command += [f"--module={m}" for m in modules[1:]]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        if lines and lines[-1].startswith("tasks.cache: "):
+            raise ValueError(lines[-1].removeprefix("tasks.cache: "))
+        raise RuntimeError(f"Making the token cache of {name} failed:\n{done.stderr}")
+    return pathlib.Path(done.stdout.strip().splitlines()[-1])
