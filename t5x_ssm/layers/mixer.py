@@ -9,7 +9,7 @@ Every mixer (attention or state space) is a linen module whose fields are its co
 and returns (y, state) when `return_state` is set. Decode state lives in the `cache` collection, every leaf batch-first:
   * `decode=True` without a cache creates the zero state and consumes nothing;
   * `prefill=True` consumes the first prefill_lengths[b] positions of row b, starting from the cached state;
-  * `decode=True` with a cache consumes one token.
+  * `decode=True` with a cache consumes one token; given prefill_lengths (0 or 1), only in the rows that have 1.
 """
 
 import dataclasses
@@ -99,8 +99,16 @@ def run_state_space(module: nn.Module, core: ModuleType, system: Any, u: Array, 
             return jnp.zeros_like(u), state
         if run.decode and u.shape[1] == 1:
             step = shard(core.step, (axes.system, token, axes.state), (token, axes.state))
-            y, state = step(system, u[:, 0], state)
+            y, new_state = step(system, u[:, 0], state)
             y = y[:, None]
+            if run.prefill_lengths is not None:
+
+                def keep(new, old):
+                    consumes = run.prefill_lengths.reshape(-1, *(1,) * (new.ndim - 1)) > 0
+                    return jnp.where(consumes, new, old)
+
+                new_state = jax.tree.map(keep, new_state, state)
+            state = new_state
         else:
             lengths = run.prefill_lengths
             if lengths is None:
