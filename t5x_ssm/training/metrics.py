@@ -234,10 +234,10 @@ class MetricsLog:
         _take_back(path, resume_step)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         if tensorboard_dir is not None:
-            import tensorboardX
+            # Imported here, so that a log without event files needs no writer of them.
+            from t5x_ssm.training.tensorboard import EventFile
 
-            # TensorBoard hides what earlier event files hold from purge_step on.
-            self._events = tensorboardX.SummaryWriter(str(tensorboard_dir), purge_step=resume_step + 1)
+            self._events = EventFile(tensorboard_dir, first_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float], split: str = "train") -> None:
         """Appends one line and hands it to the operating system.
@@ -262,8 +262,7 @@ class MetricsLog:
             os.ftruncate(self._fd, size)
             raise
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(f"{split}/{name}", value, step)
+            self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def sync(self) -> None:
         """Makes everything written so far durable; call it before a checkpoint is committed."""

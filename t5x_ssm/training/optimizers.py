@@ -22,6 +22,8 @@ from t5x_ssm.training import schedules
 
 # A, Δ and B of every state space: leaves of a module called `ssm`, `shift_ssm`, …
 STATE_SPACE_PATTERN = r"(^|/)(\w+_)?ssm/(.*/)?(lambda_\w+|a_\w+|log_dt\w*|log_step|b|b_re|b_im|p_re|p_im)$"
+# What is left of a state space: C and D.
+STATE_SPACE_OUTPUT_PATTERN = r"(^|/)(\w+_)?ssm/"
 # Everything in a module whose name contains `norm`, and every leaf that is a scale or a bias.
 NO_DECAY_PATTERN = r"(^|/)\w*norm\w*/|(^|/)(scale|bias|\w+_bias)$"
 # Parameters with a leading axis over layers, as `models.stack` names them when it scans.
@@ -77,21 +79,23 @@ def default_groups(
     state_space_max_learning_rate: float = 1e-3,
     no_decay_pattern: str = NO_DECAY_PATTERN,
 ) -> tuple[ParameterGroup, ...]:
-    """State-space parameters (A, Δ, B): slow and undecayed; norms and biases: undecayed; the rest: decayed.
+    """The groups of a network whose state spaces are modules called `ssm`.
 
-    C and D are in the last group, as in H3 and S5's standard recipe.
+    A, Δ and B are slow and undecayed; norms and biases are undecayed; C, D and the rest are decayed, as in H3 and S5's
+    standard recipe. Adafactor neither factors nor rescales any parameter of a state space.
     """
+    whole = {"factored": False, "parameter_scaled": False, "optional": True}
     return (
         ParameterGroup(
             "state_space",
             state_space_pattern,
             max_learning_rate=state_space_max_learning_rate,
             weight_decay=0.0,
-            factored=False,
-            parameter_scaled=False,
-            optional=True,
+            **whole,
         ),
+        # Before the outputs: a norm inside a state space is a norm.
         ParameterGroup("no_decay", no_decay_pattern, weight_decay=0.0, optional=True),
+        ParameterGroup("state_space_output", STATE_SPACE_OUTPUT_PATTERN, **whole),
         ParameterGroup("decay", r""),
     )
 

@@ -4,18 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from t5x_ssm.parallel import rules
 from t5x_ssm.training.optimizers import Optimizer
-from t5x_ssm.training.train_state import TrainState
+from t5x_ssm.training.train_state import TrainState, state_shardings
 
 
 def abstract_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str, Any], mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state, without any array.
 
-    Optimizer moments are sharded like the parameters that they belong to; what has another shape than its parameter
-    (factored statistics, counters) is replicated.
+    Optimizer state is sharded like the parameters that it belongs to, see `train_state.state_shardings`.
 
     Args:
       objective: has `init`, see `models.objectives`.
@@ -30,21 +29,8 @@ def abstract_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str,
     params = variables["params"]
     shardings = rules.parameter_shardings(params, variables["params_axes"], mesh)
     state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
-    by_path = {
-        tuple(_key(k) for k in path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-        )
-    }
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def with_sharding(path, leaf):
-        keys = tuple(_key(k) for k in path)
-        suffixes = (keys[i:] for i in range(len(keys)))
-        shape, sharding = next((by_path[s] for s in suffixes if s in by_path), (None, whole))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if shape == leaf.shape else whole)
-
-    return jax.tree_util.tree_map_with_path(with_sharding, state)
+    placed = state_shardings(state, shardings)
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, placed)
 
 
 def initial_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str, Any], abstract: TrainState, rng):
@@ -81,7 +67,3 @@ def parameter_table(params: Any) -> str:
         cells = [cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def _key(entry: Any) -> str:
-    return jax.tree_util.keystr((entry,), simple=True)

@@ -216,12 +216,11 @@ def test_a_disabled_log_touches_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def events(folder):
-    """The events of the only event file in `folder`, read by the TFRecord layout."""
+def events(path):
+    """The events of an event file, read by the TFRecord layout."""
     from tensorboardX.proto.event_pb2 import Event
 
-    (name,) = os.listdir(folder)
-    data = (folder / name).read_bytes()
+    data = path.read_bytes()
     found = []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
@@ -234,10 +233,17 @@ def test_tensorboard_events(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl", resume_step=6, tensorboard_dir=tmp_path / "events")
     log.write(8, {"loss": 0.25, "learning_rate/state_space": 0.5})
     log.sync()
-    found = events(tmp_path / "events")
+    (first,) = (tmp_path / "events").iterdir()
+    found = events(first)
     scalars = [(e.step, v.tag, v.simple_value) for e in found for v in e.summary.value]
     assert scalars == [(8, "train/loss", 0.25), (8, "train/learning_rate/state_space", 0.5)]
     # SessionLog.START = 1 at step 7: TensorBoard forgets what earlier files say from there on.
     assert [(e.step, e.session_log.status) for e in found if e.HasField("session_log")] == [(7, 1)]
+    assert "tfevents" in first.name
+
+    # A run that is killed and started again within a second must not overwrite the file of the first.
+    again = MetricsLog(tmp_path / "m.jsonl", resume_step=8, tensorboard_dir=tmp_path / "events")
+    assert len(list((tmp_path / "events").iterdir())) == 2 and events(first) == found
+    again.close()
     log.close()
     log.close()

@@ -1,11 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import serialization
+from flax import serialization, traverse_util
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.layers.basic import MLP
+from t5x_ssm.models.decoder import Decoder
 from t5x_ssm.training import optimizers, schedules
 from t5x_ssm.training.optimizers import ParameterGroup
 
@@ -47,13 +51,29 @@ def test_default_groups_match_whole_paths():
     labels = by_path(optimizers.group_labels(network(), optimizers.default_groups()))
     assert {path for path, label in labels.items() if label == "state_space"} == STATE_SPACE
     assert {path for path, label in labels.items() if label == "no_decay"} == UNDECAYED
+    output = {f"stack/segment_0/block_0/mixer/ssm/{leaf}" for leaf in ("c_re", "d")}
+    assert {path for path, label in labels.items() if label == "state_space_output"} == output
+
+
+def test_groups_of_the_gss_hybrid_of_the_paper():
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    network = Decoder(32000, 1024, "gss*3 chunk", 16, mlp=functools.partial(MLP, hidden=4096))
+    params = jax.eval_shape(lambda: network.init(jax.random.key(0), tokens, tokens, enable_dropout=False))["params"]
+    sizes = {row["group"]: row["parameters"] for row in optimizers.adamw(0.1).group_rows(params)}
+    norms = 12 * (1024 + 256) + 4 * 2 * 1024 + 1024
+    assert sizes == {
+        "state_space": 12 * 2 * 512,
+        "no_decay": 2 * norms,
+        "state_space_output": 12 * (2 * 256 * 512 + 256),
+        "decay": 202_652_672 - 12 * (2 * 512 + 2 * 256 * 512 + 256),
+    }
 
 
 def test_decayed_are_exactly_the_parameters_that_are_neither_dynamics_nor_norms_nor_biases():
     params = network()
     optimizer = optimizers.adamw(0.5, weight_decay=0.25)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
     before, after = by_path(params), by_path(optax.apply_updates(params, updates))
     for path in before:
         factor = 1.0 if path in STATE_SPACE | UNDECAYED else 1.0 - 0.5 * 0.25
@@ -139,8 +159,9 @@ def test_frozen_parameters_stay_and_count_for_nothing():
     )
     state = optimizer.init(params)
     assert not any("/ssm/" in path for path in by_path(state))
-    updates, after = optimizer.update(huge, state, params)
-    without, _ = optimizer.update(grads, state, params)
+    update = jax.jit(optimizer.update)
+    updates, after = update(huge, state, params)
+    without, _ = update(grads, state, params)
     assert all(np.all(x == 0) == ("/ssm/" in path) for path, x in by_path(updates).items())
     jax.tree.map(np.testing.assert_array_equal, updates, without)
     np.testing.assert_array_equal(optimizer.gradient_norm(huge), optimizer.gradient_norm(grads))
@@ -154,8 +175,8 @@ def test_the_layout_of_the_state_does_not_depend_on_settings():
         lambda **kw: optimizers.adafactor(0.1, **kw),
     )
     for make in makers:
-        bare = make(clip_global_norm=None, weight_decay=0.0).init(params)
-        full = make(clip_global_norm=2.0, weight_decay=0.3).init(params)
+        bare = jax.eval_shape(make(clip_global_norm=None, weight_decay=0.0).init, params)
+        full = jax.eval_shape(make(clip_global_norm=2.0, weight_decay=0.3).init, params)
         assert jax.tree.structure(bare) == jax.tree.structure(full)
 
 
@@ -163,7 +184,7 @@ def test_the_layout_of_the_state_does_not_depend_on_settings():
 def test_the_state_is_float32_and_survives_flax_serialization(make):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), network())
     optimizer = make(0.1)
-    _, state = optimizer.update(network(1), optimizer.init(params), params)
+    _, state = jax.jit(optimizer.update)(network(1), optimizer.init(params), params)
     assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
     restored = serialization.from_state_dict(optimizer.init(params), serialization.to_state_dict(state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -172,9 +193,10 @@ def test_the_state_is_float32_and_survives_flax_serialization(make):
 
 def test_first_moment_in_bfloat16():
     optimizer = optimizers.adamw(0.1, mu_dtype="bfloat16")
-    state = by_path(optimizer.init(network()))
-    assert {str(x.dtype) for path, x in state.items() if "/mu/" in path} == {"bfloat16"}
-    assert {str(x.dtype) for path, x in state.items() if "/nu/" in path} == {"float32"}
+    state = serialization.to_state_dict(jax.eval_shape(optimizer.init, network()))
+    flat = traverse_util.flatten_dict(state, sep="/")
+    assert {str(x.dtype) for path, x in flat.items() if "/mu/" in path} == {"bfloat16"}
+    assert {str(x.dtype) for path, x in flat.items() if "/nu/" in path} == {"float32"}
 
 
 def rms(x):
@@ -184,14 +206,15 @@ def rms(x):
 def test_adafactor_by_hand():
     """Two updates: a factored and scaled matrix, and state-space leaves that are neither factored nor scaled."""
     random = np.random.default_rng(0)
-    shapes = {"kernel": (8, 6), "ssm": {"b_re": (8, 6)}}
+    shapes = {"kernel": (8, 6), "ssm": {"b_re": (8, 6), "c_re": (8, 6)}}
     params = jax.tree.map(
         lambda s: jnp.asarray(random.normal(size=s), jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
     optimizer = optimizers.adafactor(0.05, min_dim_size_to_factor=4, weight_decay=0.1)
     state = optimizer.init(params)
-    kernel, b = (np.asarray(x, np.float64) for x in (params["kernel"], params["ssm"]["b_re"]))
-    row, column, second = np.zeros(8), np.zeros(6), np.zeros((8, 6))
+    kernel = np.asarray(params["kernel"], np.float64)
+    ssm = {name: np.asarray(x, np.float64) for name, x in params["ssm"].items()}
+    row, column, second = np.zeros(8), np.zeros(6), {name: np.zeros((8, 6)) for name in ssm}
     for n in (1, 2):
         grads = jax.tree.map(lambda p: jnp.asarray(random.normal(size=p.shape), jnp.float32), params)
         updates, state = optimizer.update(grads, state, params)
@@ -203,12 +226,13 @@ def test_adafactor_by_hand():
         u = g / np.sqrt(np.outer(row, column) / np.mean(row))
         u = u / max(1.0, rms(u)) * rms(kernel)
         kernel = kernel - 0.05 * (u + 0.1 * kernel)
-        g = np.asarray(grads["ssm"]["b_re"], np.float64)
-        second = decay * second + (1 - decay) * g**2
-        u = g / np.sqrt(second)
-        b = b - 1e-3 * u / max(1.0, rms(u))
         np.testing.assert_allclose(params["kernel"], kernel, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(params["ssm"]["b_re"], b, rtol=1e-5, atol=1e-6)
+        for name, lr, weight_decay in (("b_re", 1e-3, 0.0), ("c_re", 0.05, 0.1)):
+            g = np.asarray(grads["ssm"][name], np.float64)
+            second[name] = decay * second[name] + (1 - decay) * g**2
+            u = g / np.sqrt(second[name])
+            ssm[name] = ssm[name] - lr * (u / max(1.0, rms(u)) + weight_decay * ssm[name])
+            np.testing.assert_allclose(params["ssm"][name], ssm[name], rtol=1e-5, atol=1e-6)
 
 
 def test_adafactor_treats_the_layers_of_a_scanned_stack_as_separate_parameters():
@@ -243,7 +267,7 @@ def test_clipping_leaves_small_gradients_alone_to_the_bit():
     states = []
     for clip in (None, 1.0):
         optimizer = optimizers.adamw(0.1, clip_global_norm=clip)
-        states.append(optimizer.update(grads, optimizer.init(params), params)[1])
+        states.append(jax.jit(optimizer.update)(grads, optimizer.init(params), params)[1])
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
@@ -257,7 +281,8 @@ def test_group_table():
         (1, 8, 0.0),
         (3, 18, 0.0),
         (2, 16, 0.0),
-        (6, 20 + 48 + 24 + 8 + 3 + 2, 0.1),
+        (2, 24 + 8, 0.1),
+        (4, 20 + 48 + 3 + 2, 0.1),
     ]
     assert rows["s4"]["learning_rate"] == "frozen"
     assert rows["state_space"]["learning_rate"] == "min(schedule, 0.001)"

@@ -53,7 +53,7 @@ def test_the_tree_carries_shapes_as_well_as_arrays():
         (lambda tree: tree["target"]["out"].update(more=np.zeros(2)), r"1 not of this model.*: target/out/more"),
         (lambda tree: tree["target"]["out"].update(kernel=np.zeros((4, 3))), r"kernel \(4, 3\) instead of \(3, 4\)"),
         (lambda tree: tree["state"].update(param_states={}), r"missing: state/param_states/1/inner_states/decay/"),
-        (lambda tree: tree.pop("state"), r"13 missing: state/.* and 5 more"),
+        (lambda tree: tree.pop("state"), r"15 missing: state/.* and 7 more"),
     ],
 )
 def test_a_tree_of_another_model_is_refused_by_leaf(spoil, message):

@@ -34,8 +34,7 @@ def gradient_seen(state):
     return jax.tree.map(lambda x: 2 * np.asarray(x), mu)
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 2, 4, 8])
-@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize(("num_microbatches", "clip"), [(1, 0.05), (2, 0.05), (4, 0.05), (4, None)])
 def test_gradient_and_metrics_do_not_depend_on_the_microbatches(num_microbatches, clip):
     optimizer = make_optimizer(clip_global_norm=clip)
     state, batch = make_state(optimizer), toy_batch()
@@ -81,8 +80,7 @@ def test_dropout_keys_differ_by_step_and_microbatch():
     assert expected[0] != expected[1]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize(("bad", "num_microbatches"), [(np.inf, 1), (np.nan, 2)])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad, num_microbatches):
     optimizer = make_optimizer()
     step = jax.jit(make_train_step(OBJECTIVE, optimizer, num_microbatches=num_microbatches), donate_argnums=0)
@@ -157,11 +155,12 @@ def test_what_cannot_be_trained_is_refused():
     optimizer = make_optimizer()
     state, batch = make_state(optimizer), toy_batch()
     with pytest.raises(UserError, match=r"8 rows.*num_microbatches=3"):
-        make_train_step(OBJECTIVE, optimizer, num_microbatches=3)(state, batch)
+        jax.eval_shape(make_train_step(OBJECTIVE, optimizer, num_microbatches=3), state, batch)
     with pytest.raises(UserError, match="num_microbatches is 0"):
         make_train_step(OBJECTIVE, optimizer, num_microbatches=0)
     with pytest.raises(UserError, match="decoder_loss_weights"):
-        make_train_step(OBJECTIVE, optimizer)(state, {k: v for k, v in batch.items() if "weights" not in k})
+        unweighted = {name: x for name, x in batch.items() if name != "decoder_loss_weights"}
+        jax.eval_shape(make_train_step(OBJECTIVE, optimizer), state, unweighted)
 
     class Clashing(ToyObjective):
         def loss_sums(self, params, batch, dropout_rng=None):
@@ -169,7 +168,7 @@ def test_what_cannot_be_trained_is_refused():
             return loss, sums | {"grad_norm": loss}
 
     with pytest.raises(ValueError, match="grad_norm"):
-        make_train_step(Clashing(), optimizer)(state, batch)
+        jax.eval_shape(make_train_step(Clashing(), optimizer), state, batch)
 
 
 SHARDED = """
