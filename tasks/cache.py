@@ -20,6 +20,7 @@ import array
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -66,7 +67,7 @@ def find(name: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path 
     for path in sorted(folder.glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
         mixture = read_json(path)
         if mixture.get("format") == FORMAT and all(
-            _version(name) == version for name, version in mixture["environment"].items()
+            version(name) == made_from for name, made_from in mixture["environment"].items()
         ):
             return path
     return None
@@ -191,6 +192,26 @@ def check(directory: pathlib.Path, *, checksums: bool = False) -> dict[str, Any]
     return manifest
 
 
+def version(name: str) -> str | None:
+    """The present version of something that a source depends on.
+
+    Args:
+      name: 'python', the name of an installed distribution, or 'module NAME' for a digest of a module's source.
+
+    Returns:
+      The version; None if it is not installed.
+    """
+    if name == "python":
+        return platform.python_version()
+    try:
+        if name.startswith("module "):
+            spec = importlib.util.find_spec(name.removeprefix("module "))
+            return _sha256(pathlib.Path(spec.origin))[:16] if spec and spec.origin else None
+        return importlib.metadata.version(name)
+    except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
+        return None
+
+
 def _repair(directory: pathlib.Path) -> str:
     return f"Remove {directory.parent} and start again: the cache is then made anew."
 
@@ -259,7 +280,7 @@ def _write_split(task: "seqio.Task", split: str, directory: pathlib.Path, identi
             name: {"size": (directory / name).stat().st_size, "sha256": _sha256(directory / name)}
             for name in DATA_FILES
         },
-        "made_by": {name: _version(name) for name in ("t5x_ssm", "seqio", "python")},
+        "made_by": {name: version(name) for name in ("t5x_ssm", "seqio", "python")},
     }
     _write_whole(directory / "manifest.json", manifest)
     for name in DATA_FILES:
@@ -282,7 +303,7 @@ def _documents(task: "seqio.Task", split: str) -> Iterator[tuple[np.ndarray, int
 
 def _describe_source(source: "seqio.DataSource") -> dict[str, Any]:
     described = {"kind": type(source).__name__, "splits": sorted(source.splits or ()), "repr": _stable(repr(source))}
-    # A function says what its data depends on through an attribute: {"environment": {package: version}, …}.
+    # A function says what its data depends on through an attribute: {"environment": {name: version(name)}, …}.
     describe = getattr(getattr(source, "_dataset_fn", None), "describe_source", None)
     return {**described, **describe()} if describe else described
 
@@ -306,15 +327,6 @@ def _hash(identity: dict) -> str:
 def _sha256(path: pathlib.Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _version(name: str) -> str | None:
-    if name == "python":
-        return platform.python_version()
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _write_whole(path: pathlib.Path, content: dict) -> None:

@@ -79,7 +79,7 @@ def _register(domain: str) -> None:
 
 
 def _describe(domain: str) -> dict:
-    return {"revision": embedded_corpus.REVISION, "environment": embedded_corpus.environment(domain)}
+    return {"environment": embedded_corpus.environment(domain)}
 
 
 for _domain in embedded_corpus.DOMAINS:

@@ -6,27 +6,24 @@
     math    docstrings of the installed SciPy and NumPy that contain LaTeX.
 
 Documents are named, and everything here is a function of names and contents alone, so one installation always
-gives the same documents, order and split. Another version of Python or SciPy has other documents; `environment()`
-says which versions the corpus depends on. Nothing is read before `documents` is called.
+gives the same documents, order and split. Another version of Python or SciPy has other documents; `environment`
+says what the corpus depends on. Nothing is read before `documents` is called.
 """
 
 import ast
 import collections
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
 import pathlib
-import platform
 import sysconfig
 import warnings
 
+from tasks.cache import version
+
 DOMAINS = ("books", "code", "math")
 SPLITS = ("train", "validation")
-
-# Changes with the rules below, so that caches made by other rules are not taken for this corpus.
-REVISION = 1
 
 # Folders of the standard library that are not in the corpus: `pydoc_data` is the books domain, tests and translation
 # tables are no prose of programmers, and distributions leave out or add the others.
@@ -64,11 +61,10 @@ def documents(domain: str, split: str) -> list[bytes]:
     return [texts[name].encode("utf-8") for name in sorted(texts) if (name in validation) == (split == "validation")]
 
 
-def environment(domain: str) -> dict[str, str]:
-    """Versions of what the domain's documents are taken from: 'python', or the names of distributions."""
-    if domain == "math":
-        return {name: importlib.metadata.version(name) for name in ("numpy", "scipy")}
-    return {"python": platform.python_version()}
+def environment(domain: str) -> dict[str, str | None]:
+    """What a domain's documents depend on, as `tasks.cache.version` names it: this module's rules, and versions."""
+    names = [f"module {__name__}", *(("numpy", "scipy") if domain == "math" else ("python",))]
+    return {name: version(name) for name in names}
 
 
 @functools.cache
@@ -165,7 +161,7 @@ def _held_out(texts: dict[str, str]) -> set[str]:
 
 
 def _near_duplicates(texts: dict[str, str]) -> list[list[str]]:
-    """Connected components of the documents under 'shares a long line'."""
+    """Connected components of the documents under 'shares a long line, or is the same'."""
     parent = {name: name for name in texts}
 
     def root(name: str) -> str:
@@ -176,9 +172,9 @@ def _near_duplicates(texts: dict[str, str]) -> list[list[str]]:
 
     first_owner: dict[str, str] = {}
     for name in sorted(texts):
-        for line in {line.strip() for line in texts[name].splitlines()}:
-            if len(line) >= _SHARED_LINE_LENGTH:
-                parent[root(name)] = root(first_owner.setdefault(line, name))
+        lines = {line for line in map(str.strip, texts[name].splitlines()) if len(line) >= _SHARED_LINE_LENGTH}
+        for passage in {*lines, texts[name]}:
+            parent[root(name)] = root(first_owner.setdefault(passage, name))
     clusters = collections.defaultdict(list)
     for name in sorted(texts):
         clusters[root(name)].append(name)

@@ -16,10 +16,12 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
 
 from t5x_ssm.data import sources
-from t5x_ssm.data.prefetch import Prefetcher
+from t5x_ssm.data.prefetch import PrefetchedFeed, Prefetcher
 from t5x_ssm.data.sources import Batch
 from tasks import cache
 
@@ -62,32 +64,6 @@ class DatasetConfig:
     cache_dir: str | os.PathLike | None = None
 
 
-class Feed(Protocol):
-    """A training feed. It may be closed by `with`."""
-
-    vocabulary: dict[str, Any]
-
-    def next(self) -> Batch:
-        """This process's rows of the next batch, [batch_size / process_count, length] each."""
-
-    def state(self) -> dict[str, Any]:
-        """A JSON-able position that belongs to the batch that `next()` returns next."""
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position that `state()` gave; ValueError if it belongs to other data or settings."""
-
-    def close(self) -> None:
-        """Ends the background thread."""
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time that `next()` has waited for data, over the feed's life."""
-
-    @property
-    def ready(self) -> int:
-        """Batches that wait in the queue now."""
-
-
 def open_feed(
     config: DatasetConfig,
     *,
@@ -96,7 +72,7 @@ def open_feed(
     seed: int = 0,
     prefetch: int = 2,
     barrier: Callable[[], None] | None = None,
-) -> Feed:
+) -> PrefetchedFeed:
     """Opens a training feed.
 
     Args:
@@ -158,8 +134,8 @@ def open_evaluation(
     }
 
 
-class IndexedFeed:
-    """Batches of a cached mixture; the position is (seed, step)."""
+class IndexedFeed(PrefetchedFeed):
+    """Batches of a cached mixture; the position is (seed, step), good for any number of processes."""
 
     def __init__(
         self,
@@ -171,10 +147,8 @@ class IndexedFeed:
         seed: int,
         prefetch: int,
     ):
-        self.vocabulary = mixture.vocabulary
         length = config.task_feature_lengths[TARGETS]
-        # Everything that a batch is a function of, besides the step.
-        self._identity = {
+        identity = {
             "kind": "indexed",
             "name": mixture.name,
             "split": config.split,
@@ -185,14 +159,15 @@ class IndexedFeed:
             "shuffle": config.shuffle,
             "pack": config.pack,
         }
+        super().__init__(mixture.vocabulary, identity, prefetch=prefetch)
+        per_token = [stream.num_bytes / max(len(stream), 1) for stream in mixture.streams]
+        # Of the text that training reads, at the mixture's rates.
+        self.bytes_per_token: float | None = float(np.average(per_token, weights=mixture.rates))
         self._rows = sources.training_rows(mixture, length, seed=seed, shuffle=config.shuffle, segments=config.pack)
         local = config.batch_size // process_count
         self._batch_size = config.batch_size
         self._local_rows = range(process_index * local, (process_index + 1) * local)
-        self._prefetch = prefetch
         self._step = 0
-        self._waited = 0.0
-        self._prefetcher: Prefetcher[Batch] | None = None
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of any step."""
@@ -203,38 +178,18 @@ class IndexedFeed:
         if self._prefetcher is None:
             # Only now: a feed that is restored first never reads the beginning.
             start = self._step
-            self._prefetcher = Prefetcher(lambda i: self.batch(start + i), depth=self._prefetch)
+            self._prefetcher = Prefetcher(lambda i: self.batch(start + i), depth=self._depth)
         batch = self._prefetcher.next()
         self._step += 1
         return batch
 
     def state(self) -> dict[str, Any]:
-        return {**self._identity, "step": self._step}
+        return {**self.identity, "step": self._step}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        check_identity(state, self._identity)
+        self._check_identity(state)
         self.close()
         self._step = int(state["step"])
-
-    def close(self) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._waited += self._prefetcher.wait_seconds
-            self._prefetcher = None
-
-    @property
-    def wait_seconds(self) -> float:
-        return self._waited + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
-
-    @property
-    def ready(self) -> int:
-        return self._prefetcher.ready if self._prefetcher else 0
-
-    def __enter__(self) -> "IndexedFeed":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
 
 class EvaluationFeed:
@@ -318,17 +273,6 @@ def check_config(config: DatasetConfig, process_count: int) -> None:
         raise ValueError(
             "USE_CACHED_TASKS (DatasetConfig.use_cached) means seqio's offline cache, which only source='seqio' reads. "
             "Set it to False: the token cache is used, and made when it is missing."
-        )
-
-
-def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raises ValueError if a saved position belongs to a feed of other data or settings."""
-    differing = [name for name in identity if state.get(name) != identity[name]]
-    if differing:
-        details = "; ".join(f"{name}: saved {state.get(name)!r}, now {identity[name]!r}" for name in differing)
-        raise ValueError(
-            f"The checkpoint's data position belongs to another data configuration ({details}). Set these back to go "
-            "on with this run, or start one in a new MODEL_DIR."
         )
 
 

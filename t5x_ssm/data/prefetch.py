@@ -1,10 +1,13 @@
-"""A background thread that keeps a few items ready."""
+"""Reading ahead in a background thread, and what every feed that does so has in common."""
 
+import abc
 import queue
 import threading
 import time
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -70,3 +73,63 @@ class Prefetcher(Generic[T]):
             if entry[1] is not None:
                 return
             index += 1
+
+
+class PrefetchedFeed(abc.ABC):
+    """A training feed whose batches are made ahead: the position it reports is that of the consumer.
+
+    Attributes:
+      vocabulary: description of the vocabulary of the batches' tokens.
+      identity: everything that the sequence of batches is a function of, besides the position; JSON-able.
+    """
+
+    def __init__(self, vocabulary: dict[str, Any], identity: dict[str, Any], *, prefetch: int):
+        self.vocabulary = vocabulary
+        self.identity = identity
+        self._depth = prefetch
+        self._waited = 0.0
+        self._prefetcher: Prefetcher | None = None
+
+    @abc.abstractmethod
+    def next(self) -> dict[str, np.ndarray]:
+        """This process's rows of the next batch, [batch_size / process_count, length] each."""
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, Any]:
+        """A JSON-able position that belongs to the batch that `next()` returns next."""
+
+    @abc.abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to a position that `state()` gave; ValueError if it belongs to other data or settings."""
+
+    def close(self) -> None:
+        """Ends the background thread. The feed may be used again; it goes on with the same batch."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._waited += self._prefetcher.wait_seconds
+            self._prefetcher = None
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time that `next()` has waited for data, over the feed's life."""
+        return self._waited + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
+
+    @property
+    def ready(self) -> int:
+        """Batches that wait in the queue now."""
+        return self._prefetcher.ready if self._prefetcher else 0
+
+    def __enter__(self) -> "PrefetchedFeed":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _check_identity(self, state: Mapping[str, Any]) -> None:
+        differing = [name for name in self.identity if state.get(name) != self.identity[name]]
+        if differing:
+            details = "; ".join(f"{n}: saved {state.get(n)!r}, now {self.identity[n]!r}" for n in differing)
+            raise ValueError(
+                f"The saved data position belongs to another data configuration ({details}). Set these back to go on "
+                "with this run, or start one in a new MODEL_DIR."
+            )

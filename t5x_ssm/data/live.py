@@ -1,0 +1,167 @@
+"""Training on a live seqio pipeline, which resumes from the saved state of its tf.data iterator.
+
+For small data and for preprocessing that differs in every epoch. Seqio shuffles in a buffer and packs as it goes, so
+its position is not a number but the iterator's whole state, buffers included: some megabytes, of this process's share
+of the data alone. A run goes on with the same batches, on the same number of processes and the same versions of
+TensorFlow and seqio; the token cache has neither limit.
+"""
+
+import base64
+import contextlib
+import pathlib
+import tempfile
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from t5x_ssm.data.prefetch import PrefetchedFeed, Prefetcher
+from tasks import cache, vocabularies
+
+if TYPE_CHECKING:
+    from t5x_ssm.data.feed import DatasetConfig
+
+# Saving takes tenths of a second and happens in the background thread, between batches.
+SNAPSHOT_PERIOD = 100
+
+
+class LiveFeed(PrefetchedFeed):
+    """Batches of `seqio.get_dataset` with the decoder feature converter, repeated without end.
+
+    The iterator is saved before every `SNAPSHOT_PERIOD`-th batch, as it runs ahead; a position is the last of these
+    before the consumer's batch, and the number of batches to skip from there.
+    """
+
+    def __init__(self, config: "DatasetConfig", *, process_index: int, process_count: int, seed: int, prefetch: int):
+        import seqio
+        import tensorflow as tf
+
+        _leave_accelerators_to_jax()
+        name = config.mixture_or_task_name
+        provider = cache.registered(name, ["tasks", config.module] if config.module else ["tasks"])
+        lengths = dict(config.task_feature_lengths)
+        for feature in sorted(set(lengths) ^ set(provider.output_features)):
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS has {sorted(lengths)}, but the features of {name!r} are "
+                f"{sorted(provider.output_features)}: {feature!r} is in one of them only."
+            )
+        if config.split not in provider.splits:
+            raise ValueError(f"{name!r} has no split {config.split!r}; it has {', '.join(sorted(provider.splits))}.")
+        self._config, self._lengths = config, lengths
+        self._shard, self._seed = seqio.ShardInfo(process_index, process_count), seed
+        identity = {
+            "kind": "seqio",
+            "name": name,
+            "split": config.split,
+            "seed": seed,
+            "lengths": lengths,
+            "batch_size": config.batch_size,
+            "shuffle": config.shuffle,
+            "pack": config.pack,
+            "use_cached": config.use_cached,
+            "process_count": process_count,
+            "process_index": process_index,
+            "tensorflow": tf.__version__,
+            "seqio": seqio.__version__,
+        }
+        vocabulary = vocabularies.describe(provider.output_features[cache.FEATURE].vocabulary)
+        super().__init__(vocabulary, identity, prefetch=prefetch)
+        self._step = 0
+        # The newest saved iterator that the consumer has reached: the step it belongs to, and its contents.
+        self._snapshot: tuple[int, dict[str, str] | None] = (0, None)
+
+    def next(self) -> dict[str, np.ndarray]:
+        if self._prefetcher is None:
+            self._prefetcher = self._start()
+        batch, snapshot = self._prefetcher.next()
+        if snapshot is not None:
+            self._snapshot = (self._step, snapshot)
+        self._step += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        saved_at, snapshot = self._snapshot
+        return {**self.identity, "step": self._step, "skip": self._step - saved_at, "iterator": snapshot}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        saved, now = state.get("process_count"), self.identity["process_count"]
+        if state.get("kind") == "seqio" and saved != now:
+            raise ValueError(
+                f"A live seqio pipeline goes on only with as many processes as it was saved with ({saved}, now {now}). "
+                "Start that many, or train from the token cache (DatasetConfig.source='cache'), which does not mind."
+            )
+        self._check_identity(state)
+        self.close()
+        self._step = int(state["step"])
+        self._snapshot = (self._step - int(state["skip"]), state["iterator"])
+
+    def _start(self) -> Prefetcher:
+        """Goes on at `self._step`, from the newest snapshot."""
+        saved_at, snapshot = self._snapshot
+        iterator = iter(self._dataset())
+        if snapshot is not None:
+            _load(iterator, snapshot)
+        skip = self._step - saved_at
+
+        def produce(index: int) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
+            if index == 0:
+                for _ in range(skip):
+                    next(iterator)
+            due = (skip + index) % SNAPSHOT_PERIOD == 0 and skip + index > 0
+            taken = _save(iterator) if due else None
+            return {name: value.numpy() for name, value in next(iterator).items()}, taken
+
+        return Prefetcher(produce, depth=self._depth)
+
+    def _dataset(self):
+        import seqio
+        import tensorflow as tf
+
+        config = self._config
+        dataset = seqio.get_dataset(
+            config.mixture_or_task_name,
+            task_feature_lengths=self._lengths,
+            feature_converter=seqio.DecoderFeatureConverter(pack=config.pack),
+            dataset_split=config.split,
+            use_cached=config.use_cached,
+            shuffle=config.shuffle,
+            num_epochs=None,
+            shard_info=self._shard,
+            seed=self._seed,
+            batch_size=config.batch_size // self._shard.num_shards,
+            verbose=False,
+        )
+        options = tf.data.Options()
+        options.deterministic = True
+        return dataset.with_options(options)
+
+
+def _save(iterator) -> dict[str, str]:
+    """A tf.data iterator's state as JSON-able text, by file of TensorFlow's checkpoint."""
+    import tensorflow as tf
+
+    with tempfile.TemporaryDirectory() as folder:
+        tf.train.Checkpoint(iterator=iterator).write(str(pathlib.Path(folder) / "iterator"))
+        return {
+            path.name: base64.b64encode(zlib.compress(path.read_bytes(), level=1)).decode("ascii")
+            for path in sorted(pathlib.Path(folder).iterdir())
+        }
+
+
+def _load(iterator, snapshot: Mapping[str, str]) -> None:
+    import tensorflow as tf
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in snapshot.items():
+            (pathlib.Path(folder) / name).write_bytes(zlib.decompress(base64.b64decode(text)))
+        tf.train.Checkpoint(iterator=iterator).read(str(pathlib.Path(folder) / "iterator")).assert_consumed()
+
+
+def _leave_accelerators_to_jax() -> None:
+    """TensorFlow would otherwise reserve the GPUs' memory."""
+    import tensorflow as tf
+
+    # It refuses when it already runs with them: then the program has decided so.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
