@@ -1,0 +1,219 @@
+"""The run folder (`MODEL_DIR`): which checkpoints it holds, and which configuration it belongs to.
+
+    MODEL_DIR/
+      run.json                  the settings that define the run, written at its start
+      checkpoint_<step>/        whole checkpoints; a folder gets this name when all of it is on disk
+        state/ dataset/ metadata/
+      checkpoint_<step>.orbax-checkpoint-tmp/   one being written, or what a killed run left of it
+      bad/checkpoint_<step>-<n>/                checkpoints that could not be read; beside each, why
+
+Folders may be local, or in any store that `etils.epath` and Orbax reach.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+
+from absl import logging
+from etils import epath
+from orbax.checkpoint.path import step as orbax_step
+
+from t5x_ssm.errors import CheckpointError, RunFolderError
+from t5x_ssm.training import consensus
+
+CHECKPOINT_PREFIX = "checkpoint"
+STEP_FORMAT = orbax_step.standard_name_format(step_prefix=CHECKPOINT_PREFIX)
+_RUN_FILE = "run.json"
+_BAD = "bad"
+_ROWS = 20
+
+
+def make(model_dir: epath.PathLike) -> None:
+    """Makes the folder, if it does not exist. Process 0 does it."""
+
+    def mkdir() -> None:
+        try:
+            epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise RunFolderError(f"MODEL_DIR={model_dir} cannot be used as a run folder: {e}") from e
+
+    consensus.ask_first(mkdir)
+
+
+def checkpoint_path(model_dir: epath.PathLike, step: int) -> epath.Path:
+    """The folder of the checkpoint of `step`, whether it exists or not."""
+    return epath.Path(model_dir) / STEP_FORMAT.build_name(step)
+
+
+def checkpoint_steps(model_dir: epath.PathLike) -> list[int]:
+    """Steps of the completely written checkpoints in a run folder, ascending; [] when there is no such folder.
+
+    Reads the folder in this process and changes nothing, so it may be called beside a run that writes there.
+    """
+    return sorted(found.step for found in STEP_FORMAT.find_all(epath.Path(model_dir)))
+
+
+def find_checkpoint(path: epath.PathLike, mode: str = "latest") -> epath.Path:
+    """Finds the checkpoint that a user's path means; changes nothing.
+
+    Args:
+      path: a checkpoint (`MODEL_DIR/checkpoint_1000`) or, for mode 'latest', also a run folder: its newest is taken.
+      mode: 'latest' or 'specific', as in `RestoreCheckpointConfig`.
+
+    Raises:
+      CheckpointError: there is none; says what was found instead.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; RestoreCheckpointConfig.path must name a checkpoint or a run folder."
+        )
+    if (path / "state").is_dir():
+        return path
+    steps = checkpoint_steps(path)
+    if steps and mode == "latest":
+        return checkpoint_path(path, steps[-1])
+    if steps:
+        raise CheckpointError(
+            f"{path} is a run folder, and RestoreCheckpointConfig.mode is 'specific': give one of its checkpoints, "
+            f"such as {checkpoint_path(path, steps[-1])}, or take mode='latest'."
+        )
+    if path.is_file() or (path / "checkpoint").is_file():
+        raise CheckpointError(
+            f"{path} is a checkpoint of T5X's former format (one msgpack file). Load it with T5X and save it again: "
+            "T5X now writes checkpoint_<step>/state with Orbax, which is read here."
+        )
+    raise CheckpointError(f"{path} holds no checkpoint_<step>/state, so there is nothing to restore from it.")
+
+
+def remove_leftovers(model_dir: epath.PathLike, step: int | None = None) -> list[str]:
+    """Removes what killed or failed writes left: folders that never became checkpoints. Process 0 does it.
+
+    Args:
+      model_dir: the run folder, into which no other process writes.
+      step: only leftovers of this step; of all steps when None.
+
+    Returns:
+      Names of the removed folders.
+    """
+
+    def remove() -> list[str]:
+        folder = epath.Path(model_dir)
+        if not folder.exists():
+            return []
+        step_name = None if step is None else STEP_FORMAT.build_name(step)
+        leftovers = [
+            entry
+            for entry in folder.iterdir()
+            if entry.name.startswith(f"{CHECKPOINT_PREFIX}_")
+            and orbax_step.is_path_temporary(entry)
+            and step_name in (None, entry.name.split(".", 1)[0])
+        ]
+        for entry in leftovers:
+            entry.rmtree()
+        return sorted(entry.name for entry in leftovers)
+
+    removed = consensus.ask_first(remove)
+    for name in removed:
+        logging.warning(
+            "Removed %s from %s: its write was cut short, so it never became a checkpoint.", name, model_dir
+        )
+    return removed
+
+
+def set_aside(path: epath.Path, reason: str) -> str:
+    """Moves a checkpoint that cannot be read to `bad/<name>-<n>` and writes the reason beside it. Process 0 does it.
+
+    Returns:
+      A line that says so.
+    """
+
+    def move() -> str:
+        bad = path.parent / _BAD
+        bad.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while (bad / f"{path.name}-{number}").exists():
+            number += 1
+        target = bad / f"{path.name}-{number}"
+        path.rename(target)
+        try:
+            (bad / f"{target.name}.reason.txt").write_text(reason + "\n")
+        except OSError as e:  # A full disk must not keep the run from going on.
+            logging.warning("Could not write why %s was set aside: %s", target, e)
+        return f"{path} cannot be used and was moved to {target}: {reason}"
+
+    line = consensus.ask_first(move)
+    logging.error(line)
+    return line
+
+
+def set_aside_checkpoints(model_dir: epath.PathLike) -> list[str]:
+    """Names of the folders under `bad/`, sorted."""
+    bad = epath.Path(model_dir) / _BAD
+    return sorted(entry.name for entry in bad.iterdir() if entry.is_dir()) if bad.exists() else []
+
+
+def check_run_folder(model_dir: epath.PathLike, description: Mapping[str, str]) -> None:
+    """Makes sure that a run folder belongs to this configuration; call it before anything else touches the folder.
+
+    A folder without checkpoints is taken over: its `run.json` is written. One with checkpoints must hold a `run.json`
+    that says the same as `description`.
+
+    Args:
+      model_dir: the run folder; made when it does not exist.
+      description: setting -> value, both strings, of all that makes two runs different runs: network, optimizer, data,
+        seed; not how long the run is, nor what it logs.
+
+    Raises:
+      RunFolderError: it belongs to another configuration (lists the settings that differ), or to no known one.
+    """
+    folder = epath.Path(model_dir)
+    path = folder / _RUN_FILE
+    description = {str(key): str(value) for key, value in description.items()}
+
+    def check() -> None:
+        try:
+            has_checkpoints = bool(checkpoint_steps(folder) or set_aside_checkpoints(folder))
+            if has_checkpoints:
+                _compare(folder, _read_description(path), description)
+            else:
+                temporary = folder / f"{_RUN_FILE}.tmp"
+                temporary.write_text(json.dumps({"description": description}, indent=1, sort_keys=True) + "\n")
+                temporary.replace(path)
+        except OSError as e:
+            raise RunFolderError(f"MODEL_DIR={model_dir} cannot be used as a run folder: {e}") from e
+
+    make(folder)
+    consensus.ask_first(check)
+
+
+def _read_description(path: epath.Path) -> dict[str, str]:
+    elsewhere = "Choose another MODEL_DIR; RestoreCheckpointConfig.path can take its parameters from here."
+    if not path.exists():
+        raise RunFolderError(
+            f"{path.parent} has checkpoints but no {path.name}: another program wrote them. {elsewhere}"
+        )
+    try:
+        description = json.loads(path.read_text())["description"]
+        return {str(key): str(value) for key, value in description.items()}
+    except (ValueError, LookupError, AttributeError, TypeError) as e:
+        raise RunFolderError(
+            f"{path} cannot be read ({e}), so its checkpoints belong to no known run. {elsewhere}"
+        ) from e
+
+
+def _compare(folder: epath.Path, stored: Mapping[str, str], given: Mapping[str, str]) -> None:
+    absent = "(not set)"
+    rows = [
+        f"  {key}: {stored.get(key, absent)} there, {given.get(key, absent)} here"
+        for key in sorted(stored.keys() | given.keys())
+        if stored.get(key) != given.get(key)
+    ]
+    if rows:
+        shown = rows[:_ROWS] + ([f"  ... and {len(rows) - _ROWS} more"] if len(rows) > _ROWS else [])
+        raise RunFolderError(
+            f"MODEL_DIR={os.fspath(folder)} holds a run of another configuration. These settings differ:\n"
+            + "\n".join(shown)
+            + "\nSet them back to go on with that run, or choose another MODEL_DIR for this one "
+            "(RestoreCheckpointConfig.path can start it from that run's parameters)."
+        )
