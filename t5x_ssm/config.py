@@ -161,7 +161,7 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> None:
 
 def _as_gin_value(text: str) -> str:
     try:
-        gin.parse_value(text)
+        gin_config.parse_value(text)
     except (SyntaxError, ValueError):
         if text[:1] in "%@([{'\"":
             return text
@@ -171,9 +171,9 @@ def _as_gin_value(text: str) -> str:
 
 def _reachable(root: Callable) -> set[tuple[str, str]]:
     """(scope, selector) of every binding that a call of `root` would use."""
-    selector = gin_config._REGISTRY.get_match(f"{root.__module__}.{root.__qualname__}")
+    configurable = gin_config._INVERSE_REGISTRY.get(root)
     seen: set[tuple[str, str]] = set()
-    todo = [("", selector.selector)] if selector else []
+    todo = [("", configurable.selector)] if configurable else []
     while todo:
         scope, selector = todo.pop()
         # A call in scope a/b uses the bindings of '', a and a/b.
@@ -184,27 +184,20 @@ def _reachable(root: Callable) -> set[tuple[str, str]]:
                 continue
             seen.add(key)
             for value in gin_config._CONFIG.get(key, {}).values():
-                for reference in _references(value):
-                    todo.append((reference.scoped_selector.rpartition("/")[0], reference.selector)
-                                if not isinstance(reference, _Macro) else (reference.name, "gin.macro"))  # fmt: skip
+                todo.extend(reference.config_key for reference in _references(value))
     return seen
 
 
-@dataclasses.dataclass(frozen=True)
-class _Macro:
-    name: str
-
-
-def _references(value: Any) -> Iterator[Any]:
+def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
     for part in gin_config._iterate_flattened_values(value):
         if isinstance(part, gin_config.ConfigurableReference):
-            yield _Macro("/".join(part.scope_components)) if part.selector == "gin.macro" else part
+            yield part
 
 
 def _without_macros(value: Any) -> Any:
     """`value` with the macros in it replaced by what they stand for."""
     if isinstance(value, gin_config.ConfigurableReference) and value.selector == "gin.macro":
-        return _without_macros(gin_config._CONFIG[("/".join(value.scope_components), "gin.macro")]["value"])
+        return _without_macros(gin_config._CONFIG[value.config_key]["value"])
     if isinstance(value, dict):
         return {k: _without_macros(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -242,7 +235,7 @@ class _explained:
             hint = _nearest(parameter, [n for n in names if n not in ("parent", "name")])
         elif "No configurable matching" in text:
             name = text.split("No configurable matching '")[1].split("'")[0]
-            hint = _nearest(name, [gin_config._REGISTRY.minimal_selector(s) for s in gin_config._REGISTRY])
+            hint = _nearest(name, [gin_config._REGISTRY.minimal_selector(s) for s, _ in gin_config._REGISTRY.items()])
         prefix = f"{self._where}: " if self._where else ""
         raise UserError(f"{prefix}{first}{hint}") from None
 

@@ -5,6 +5,8 @@ and leave with status 0.
 """
 
 import argparse
+import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -14,29 +16,31 @@ from typing import Any
 
 import gin
 import jax
+import numpy as np
 
 from t5x_ssm import config as config_lib
 from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.parallel import mesh as mesh_lib
-from t5x_ssm.training import checkpoints, trainer as trainer_lib
+from t5x_ssm.training import checkpoints, run_folder
+from t5x_ssm.training import trainer as trainer_lib
 from t5x_ssm.training.metrics import MetricsLog
 from t5x_ssm.training.optimizers import Optimizer
 from t5x_ssm.training.sharded_state import parameter_table
 
 # What may differ between two starts of one run: how long, how often, where; not what is learnt.
 NOT_PART_OF_A_RUN = (
-    "train.train.total_steps",
-    "train.train.model_dir",
-    "train.train.eval",
-    "train.train.checkpoint_cfg",
-    "train.train.trainer",
-    "train.train.mesh",
+    "train.total_steps",
+    "train.model_dir",
+    "train.eval",
+    "train.checkpoint_cfg",
+    "train.trainer",
+    "train.mesh",
     "checkpoints.",
     "trainer.TrainerConfig.log",
     "trainer.TrainerConfig.profile",
     "trainer.TrainerConfig.max",
     "trainer.TrainerConfig.tensorboard",
-    "mesh.MeshConfig",
+    "MeshConfig",
     "train_eval/",
     "schedules.",
 )
@@ -80,13 +84,14 @@ def train(
     folder = pathlib.Path(model_dir)
     main = jax.process_index() == 0
     device_mesh = mesh_lib.make_mesh(mesh)
-    checkpoints.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
+    run_folder.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
 
     feed = feed_lib.open_feed(
         train_dataset_cfg, process_index=jax.process_index(), process_count=jax.process_count(), seed=random_seed
     )
+    feed_lib.check_vocabulary(feed.vocabulary, embedding_size=model.network.vocab_size)
     run = trainer_lib.Trainer(
-        model, optimizer, device_mesh, feed_lib.batch_shapes(train_dataset_cfg), seed=random_seed, config=trainer
+        model, optimizer, device_mesh, batch_shapes(train_dataset_cfg), seed=random_seed, config=trainer
     )
     evaluations = []
     if train_eval_dataset_cfg is not None:
@@ -96,6 +101,7 @@ def train(
     loop = trainer_lib.LoopState()
     restored = checkpointer.restore(run.abstract_state.to_tree())
     if restored is not None:
+        feed_lib.check_vocabulary(feed.vocabulary, expected_hash=restored.metadata["vocabulary"]["hash"])
         state = run.abstract_state.from_tree(restored.tree)
         feed.restore(restored.dataset_state)
         loop.restore(restored.metadata["loop"])
@@ -104,8 +110,10 @@ def train(
         state = run.initial_state()
         first_step = 0
         if checkpoint_cfg.restore.path:
-            parameters = checkpoints.restore_parameters(checkpoint_cfg.restore.path, run.abstract_state.params)
-            state = state.replace(params=parameters)
+            parameters = checkpoints.restore_parameters(
+                checkpoint_cfg.restore, run.abstract_state.params, initial_params=state.params
+            )
+            state = state.replace(params=parameters.params)
 
     if main:
         write_summary(folder, run, optimizer)
@@ -117,7 +125,8 @@ def train(
         logging.info("Continuing %s from step %d of %d.", folder, first_step, total_steps)
 
     def save(step, state, dataset_state, loop_state):
-        checkpointer.save(step, state.to_tree(), dataset_state, {"loop": loop_state})
+        metadata = {"loop": loop_state, "vocabulary": feed.vocabulary, "mesh": dict(device_mesh.shape), "jax": jax.__version__}
+        checkpointer.save(step, state.to_tree(), dataset_state, metadata)
 
     try:
         state, step, stopped_by = trainer_lib.fit(
@@ -133,7 +142,7 @@ def train(
             save_due=checkpointer.due,
             evaluations=evaluations,
             eval_period=eval_period,
-            bytes_per_token=feed.bytes_per_token,
+            bytes_per_token=getattr(feed, "bytes_per_token", None),
         )
     finally:
         feed.close()
@@ -149,12 +158,25 @@ def train(
     return 0
 
 
+def batch_shapes(cfg: feed_lib.DatasetConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a global batch: the features of seqio's decoder feature converter."""
+    names = ["decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"]
+    if cfg.pack:
+        names += ["decoder_segment_ids", "decoder_positions"]
+    shape = (cfg.batch_size, cfg.task_feature_lengths[feed_lib.TARGETS])
+    return {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
+
+
 def evaluations_of(cfg: feed_lib.DatasetConfig, eval_steps: int | None) -> list[trainer_lib.Evaluation]:
-    """The held-out set of `cfg`, limited to `eval_steps` batches."""
-    held_out = feed_lib.open_evaluation(
-        cfg, process_index=jax.process_index(), process_count=jax.process_count(), max_batches=eval_steps
-    )
-    return [trainer_lib.Evaluation(cfg.split, held_out.batches, held_out.bytes_per_token)]
+    """The held-out tasks of `cfg`, each limited to `eval_steps` batches."""
+    held_out = feed_lib.open_evaluation(cfg, process_index=jax.process_index(), process_count=jax.process_count())
+    evaluations = []
+    for task, task_feed in held_out.items():
+        count = min(len(task_feed), eval_steps or len(task_feed))
+        batches = functools.partial(itertools.islice, task_feed, count)
+        bytes_per_token = task_feed.num_bytes(count) / task_feed.num_tokens(count)
+        evaluations.append(trainer_lib.Evaluation(f"{cfg.split}/{task}", batches, bytes_per_token))
+    return evaluations
 
 
 def use_compilation_cache() -> None:
