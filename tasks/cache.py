@@ -57,17 +57,22 @@ def default_cache_dir() -> pathlib.Path:
 def find(name: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path | None:
     """The newest cache of a task or mixture that was made from the sources of this environment, or None.
 
+    Its files are not looked into; where a task's whole folder was removed, there is no cache.
+
     Returns:
       The path of its mixture file (DIR/NAME/FINGERPRINT.json).
 
     Raises:
       ValueError: if that file cannot be read.
     """
-    folder = pathlib.Path(cache_dir or default_cache_dir()) / name
-    for path in sorted(folder.glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
+    cache_dir = pathlib.Path(cache_dir or default_cache_dir())
+    paths = (cache_dir / name).glob("*.json")
+    for path in sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
         mixture = read_json(path)
-        if mixture.get("format") == FORMAT and all(
-            version(name) == made_from for name, made_from in mixture["environment"].items()
+        if (
+            mixture.get("format") == FORMAT
+            and all(version(name) == made_from for name, made_from in mixture["environment"].items())
+            and all((cache_dir / component["directory"]).is_dir() for component in mixture["components"])
         ):
             return path
     return None
@@ -157,11 +162,12 @@ def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | 
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a manifest or mixture file; ValueError, with its name, if it is missing or broken."""
+    """Reads a mixture file or a manifest; ValueError, with its name, if it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"The token cache file {path} cannot be read: {error}. {_repair(path.parent)}") from error
+        made_whole = path.parent.parent if path.name == "manifest.json" else path
+        raise ValueError(f"The token cache file {path} cannot be read: {error}. {_repair(made_whole)}") from error
 
 
 def check(directory: pathlib.Path, *, checksums: bool = False) -> dict[str, Any]:
@@ -175,20 +181,17 @@ def check(directory: pathlib.Path, *, checksums: bool = False) -> dict[str, Any]
       ValueError: naming the missing, truncated or altered file.
     """
     manifest = read_json(directory / "manifest.json")
+    repair = _repair(directory.parent)
     if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{directory} has the cache format {manifest.get('format')}, not {FORMAT}. {_repair(directory)}"
-        )
+        raise ValueError(f"{directory} has the cache format {manifest.get('format')}, not {FORMAT}. {repair}")
     for name, expected in manifest["files"].items():
         path = directory / name
         if not path.is_file():
-            raise ValueError(f"The token cache file {path} is missing. {_repair(directory)}")
+            raise ValueError(f"The token cache file {path} is missing. {repair}")
         if (size := path.stat().st_size) != expected["size"]:
-            raise ValueError(
-                f"The token cache file {path} has {size} bytes instead of {expected['size']}. {_repair(directory)}"
-            )
+            raise ValueError(f"The token cache file {path} has {size} bytes instead of {expected['size']}. {repair}")
         if checksums and _sha256(path) != expected["sha256"]:
-            raise ValueError(f"The token cache file {path} does not have its recorded checksum. {_repair(directory)}")
+            raise ValueError(f"The token cache file {path} does not have its recorded checksum. {repair}")
     return manifest
 
 
@@ -212,8 +215,8 @@ def version(name: str) -> str | None:
         return None
 
 
-def _repair(directory: pathlib.Path) -> str:
-    return f"Remove {directory.parent} and start again: the cache is then made anew."
+def _repair(made_whole: pathlib.Path) -> str:
+    return f"Remove {made_whole} and start again: the cache is then made anew."
 
 
 def _build_task(task: "seqio.Task", cache_dir: pathlib.Path, source: dict, vocabulary: dict) -> pathlib.Path:
@@ -356,6 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--module", action="append", default=[], help="a module that registers tasks; repeatable")
     flags = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         path = build(flags.mixture, flags.cache_dir, modules=("tasks", *flags.module))
         cache_dir = path.parent.parent

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
+import shutil
 import signal
 import time
 
@@ -214,6 +216,23 @@ def test_missing_and_truncated_files_are_named(tmp_path, name):
     path.unlink()
     with pytest.raises(ValueError, match=rf"{name} (is missing|cannot be read)"):
         cache.check(directory / "train")
+
+
+def test_removing_what_the_message_names_repairs_a_cache(tmp_path):
+    register("cache_repair")
+    path = cache.build("cache_repair", tmp_path, modules=())
+    (directory,) = component_directories(path)
+    for damaged in (directory / "train" / "tokens.bin", path):
+        damaged.write_bytes(b"?")
+        with pytest.raises(ValueError) as caught:
+            cache.find("cache_repair", tmp_path)
+            cache.build("cache_repair", tmp_path, modules=())
+        removed = pathlib.Path(re.search("Remove (.*) and start again", str(caught.value))[1])
+        assert removed in (directory, path)
+        shutil.rmtree(removed) if removed.is_dir() else removed.unlink()
+        assert cache.find("cache_repair", tmp_path) is None
+        assert cache.build("cache_repair", tmp_path, modules=()) == path == cache.find("cache_repair", tmp_path)
+        cache.check(directory / "train", checksums=True)
 
 
 def test_altered_file_is_found_by_its_checksum(tmp_path):
