@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,7 +124,12 @@ def train(
         logging.info("Continuing %s from step %d of %d.", folder, first_step, total_steps)
 
     def save(step, state, dataset_state, loop_state):
-        metadata = {"loop": loop_state, "vocabulary": feed.vocabulary, "mesh": dict(device_mesh.shape), "jax": jax.__version__}
+        metadata = {
+            "loop": loop_state,
+            "vocabulary": feed.vocabulary,
+            "mesh": dict(device_mesh.shape),
+            "jax": jax.__version__,
+        }
         checkpointer.save(step, state.to_tree(), dataset_state, metadata)
 
     try:
@@ -209,5 +213,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [os.getcwd()] if os.getcwd() not in sys.path else []
     config_lib.run_main(main)
