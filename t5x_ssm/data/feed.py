@@ -162,7 +162,7 @@ class IndexedFeed(PrefetchedFeed):
         super().__init__(mixture.vocabulary, identity, prefetch=prefetch)
         per_token = [stream.num_bytes / max(len(stream), 1) for stream in mixture.streams]
         # Of the text that training reads, at the mixture's rates.
-        self.bytes_per_token: float | None = float(np.average(per_token, weights=mixture.rates))
+        self.bytes_per_token = float(np.average(per_token, weights=mixture.rates))
         self._rows = sources.training_rows(mixture, length, seed=seed, shuffle=config.shuffle, segments=config.pack)
         local = config.batch_size // process_count
         self._batch_size = config.batch_size

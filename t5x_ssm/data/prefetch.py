@@ -1,6 +1,7 @@
 """Reading ahead in a background thread, and what every feed that does so has in common."""
 
 import abc
+import atexit
 import queue
 import threading
 import time
@@ -27,9 +28,11 @@ class Prefetcher(Generic[T]):
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self.wait_seconds = 0.0
-        # A daemon, so that a process whose main thread fails can end.
+        # A daemon, because the interpreter waits for other threads before it runs exit functions: nothing would ever
+        # stop this one. The exit function stops it in time: a daemon that is cut off in native code aborts the process.
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     @property
     def ready(self) -> int:
@@ -56,6 +59,7 @@ class Prefetcher(Generic[T]):
         while not self._items.empty():
             self._items.get_nowait()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _run(self) -> None:
         index = 0
@@ -81,7 +85,10 @@ class PrefetchedFeed(abc.ABC):
     Attributes:
       vocabulary: description of the vocabulary of the batches' tokens.
       identity: everything that the sequence of batches is a function of, besides the position; JSON-able.
+      bytes_per_token: bytes of text that a token stands for on average; None where it is not known.
     """
+
+    bytes_per_token: float | None = None
 
     def __init__(self, vocabulary: dict[str, Any], identity: dict[str, Any], *, prefetch: int):
         self.vocabulary = vocabulary

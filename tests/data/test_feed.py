@@ -214,6 +214,13 @@ def test_uniform_bits_per_byte_are_exact(config, make_cache, tmp_path):
     assert nats / math.log(2) / evaluation.num_bytes() == pytest.approx(8 * 18 / 16)
 
 
+def test_bytes_per_token_follow_the_rates(config, make_cache, tmp_path):
+    tasks = {"plain": {"train": [[65] * 20]}, "ended": {"train": [[65, 1] * 10]}}
+    make_cache(tasks, rates=[1.0, 3.0], name="uneven", root=tmp_path)
+    with feed_lib.open_feed(dataclasses.replace(config, mixture_or_task_name="uneven")) as feed:
+        assert feed.bytes_per_token == pytest.approx((1 * 1.0 + 3 * 0.5) / 4)
+
+
 def test_settings_that_cannot_be_followed_are_named(config):
     for change, message in {
         "task_feature_lengths": ({"inputs": 8}, "TASK_FEATURE_LENGTHS must have a length for 'targets'"),
@@ -314,7 +321,10 @@ def test_missing_cache_is_made_and_read_without_tensorflow_in_this_process(tmp_p
     first = run_without_tensorflow(OPEN_AND_READ, tmp_path, "embedded_books")
     assert first.stdout == "(2, 256)\n", first.stderr
     assert f"no token cache of embedded_books in {tmp_path} yet" in first.stderr
-    again = run_without_tensorflow(OPEN_AND_READ, tmp_path, "embedded_books")
+    # The second time as programs often end, without closing the feed.
+    program = OPEN_AND_READ.replace("with feed.open_feed(config) as opened:", "if opened := feed.open_feed(config):")
+    again = run_without_tensorflow(program, tmp_path, "embedded_books")
+    assert again.returncode == 0, again.stderr
     assert again.stdout == "(2, 256)\n" and "no token cache" not in again.stderr
     assert cache.find("embedded_books", tmp_path)
 
