@@ -102,15 +102,15 @@ def check(root: Callable) -> None:
     Raises:
       UserError: a macro that still must be given, or bindings that have no effect.
     """
-    missing = [
-        scope for (scope, selector), params in gin_config._CONFIG.items()
-        if selector == "gin.macro" and params.get("value") is gin.REQUIRED
-    ]  # fmt: skip
     reachable = _reachable(root)
-    needed = sorted(name for name in missing if (name, "gin.macro") in reachable)
-    if needed:
-        flags = " ".join(f"--gin.{name}=…" for name in needed)
-        raise UserError(f"{', '.join(needed)} must be set: {flags}")
+    missing = []
+    for scope, selector in reachable:
+        for parameter, value in gin_config._CONFIG.get((scope, selector), {}).items():
+            if value is gin.REQUIRED or repr(value) == "%gin.REQUIRED":
+                missing.append(scope if selector == "gin.macro" else f"{_name(scope, selector)}.{parameter}")
+    if missing:
+        flags = " ".join(f"--gin.{name}=…" for name in sorted(missing))
+        raise UserError(f"{', '.join(sorted(missing))} must be set: {flags}")
     used = sorted(scope for scope, selector in reachable if selector == "gin.macro")
     for key, params in gin_config._CONFIG.items():
         if key in reachable or not params:
@@ -118,8 +118,7 @@ def check(root: Callable) -> None:
         scope, selector = key
         if selector == "gin.macro":
             raise UserError(f"Nothing uses {scope}.{_nearest(scope, used)}")
-        minimal = gin_config._REGISTRY.minimal_selector(selector)
-        name = f"{scope}/{minimal}" if scope else minimal
+        name = _name(scope, selector)
         raise UserError(f"{name}.{next(iter(params))} has no effect: nothing in the configuration refers to @{name}.")
 
 
@@ -133,9 +132,8 @@ def description(without: Sequence[str] = ()) -> dict[str, str]:
     for (scope, selector), params in gin_config._CONFIG.items():
         if selector == "gin.macro":
             continue
-        minimal = gin_config._REGISTRY.minimal_selector(selector)
         for parameter, value in params.items():
-            name = f"{scope}/{minimal}.{parameter}" if scope else f"{minimal}.{parameter}"
+            name = f"{_name(scope, selector)}.{parameter}"
             if not any(name.startswith(prefix) for prefix in without):
                 flat[name] = repr(_without_macros(value))
     return flat
@@ -157,6 +155,12 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status or 0)
+
+
+def _name(scope: str, selector: str) -> str:
+    """A configurable as a user writes it: scope/module.Name."""
+    minimal = gin_config._REGISTRY.minimal_selector(selector)
+    return f"{scope}/{minimal}" if scope else minimal
 
 
 def _as_gin_value(text: str) -> str:

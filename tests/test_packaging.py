@@ -46,7 +46,7 @@ def test_installed_wheel_finds_its_gin_files_from_any_folder(wheel, tmp_path, gi
     zipfile.ZipFile(wheel).extractall(site)
     program = (
         "import sys, t5x_ssm, gin; assert t5x_ssm.__file__.startswith(sys.argv[1]); gin.clear_config();"
-        "from t5x_ssm import train; sys.exit(train.main(sys.argv[2:]))"
+        "from t5x_ssm import config, train; del sys.argv[1]; config.run_main(train.main)"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, str(site), f"--gin_file={gin_file}"],
