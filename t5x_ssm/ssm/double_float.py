@@ -111,14 +111,14 @@ def exp(x) -> Double:
     simple = jnp.exp(x)
     if x.dtype == jnp.float64:
         return double(simple)
+    x = lax.stop_gradient(x)
     octaves = jnp.round(x * np.float32(1 / np.log(2)))
     rest = add(x, multiply(-octaves, constant(np.log(2), x.dtype)))
     # On |r| < 0.006 a quadratic in pairs and a tail in floats give e^r - 1; six squarings of 1 + e make it e^(64 r).
     r = Double(rest.high / 64, rest.low / 64)
     tail = r.high**3 * (1 / 6 + r.high * (1 / 24 + r.high * (1 / 120)))
     e = add(r, add(multiply(r, multiply(r, constant(0.5, x.dtype))), tail))
-    for _ in range(6):
-        e = add(multiply(e, constant(2, x.dtype)), multiply(e, e))
+    e = lax.fori_loop(0, 6, lambda _, e: add(multiply(e, constant(2, x.dtype)), multiply(e, e)), e)
     e = add(constant(1, x.dtype), e)
     octaves = octaves.astype(jnp.int32)
     return _with_derivative_of(simple, Double(jnp.ldexp(e.high, octaves), jnp.ldexp(e.low, octaves)))
