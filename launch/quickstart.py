@@ -17,7 +17,7 @@ from launch import compressors
 
 DOMAINS = ("books", "code", "math")
 TRAIN_LENGTH = 512
-STEPS = 600
+STEPS = 400
 INTERRUPT_AT = 0.4  # of all steps
 PROMPT = "The value of the expression is"
 

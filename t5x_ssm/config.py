@@ -93,11 +93,40 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: S
             gin.parse_config(f"{name.strip()} = {_as_gin_value(value.strip())}")
 
 
-def check(root: Callable) -> None:
-    """Checks that the configuration is complete and that all of it is used by `root`.
+def load_run(arguments: Arguments, run_file: str) -> None:
+    """Loads the configuration of a program that uses a trained model.
+
+    With the option --model_dir that is the run folder's own `config.gin`, then `run_file`; otherwise the gin files of the
+    command line, which name a model and `run_file` themselves. Bindings of the command line come last in both cases.
+
+    Raises:
+      UserError: there is no such run, or no configuration at all.
+    """
+    files = list(arguments.gin_files)
+    model_dir = arguments.options.model_dir
+    if model_dir:
+        saved = pathlib.Path(model_dir) / "config.gin"
+        if not saved.is_file():
+            raise UserError(f"--model_dir={model_dir}: there is no config.gin, so this is no run folder.")
+        files = [str(saved), run_file, *files]
+    if not files:
+        raise UserError("Nothing to run: give --model_dir=RUN_FOLDER, or --gin_file=… of a model and its run.")
+    load(files, arguments.bindings, arguments.search_paths)
+
+
+def training_root() -> tuple[Callable, ...]:
+    """The training function, when the loaded configuration is that of a training run and its bindings therefore count."""
+    from t5x_ssm.train import train
+
+    return (train,) if train in gin_config._INVERSE_REGISTRY else ()
+
+
+def check(root: Callable, *more_roots: Callable) -> None:
+    """Checks that the configuration is complete for `root` and that all of it is used by the roots.
 
     Args:
       root: the configured function that the program will call.
+      more_roots: functions whose bindings may stand in the configuration, though the program does not call them.
 
     Raises:
       UserError: a macro that still must be given, or bindings that have no effect.
@@ -111,7 +140,9 @@ def check(root: Callable) -> None:
     if missing:
         flags = " ".join(f"--gin.{name}=…" for name in sorted(missing))
         raise UserError(f"{', '.join(sorted(missing))} must be set: {flags}")
-    used = sorted(scope for scope, selector in reachable if selector == "gin.macro")
+    for other in more_roots:
+        reachable |= _reachable(other)
+    used = sorted({scope for scope, selector in reachable if selector == "gin.macro" and scope})
     for key, params in gin_config._CONFIG.items():
         if key in reachable or not params:
             continue
@@ -178,17 +209,24 @@ def _reachable(root: Callable) -> set[tuple[str, str]]:
     configurable = gin_config._INVERSE_REGISTRY.get(root)
     seen: set[tuple[str, str]] = set()
     todo = [("", configurable.selector)] if configurable else []
+    visited = set()
     while todo:
-        scope, selector = todo.pop()
+        call = todo.pop()
+        if call in visited:
+            continue
+        visited.add(call)
+        scope, selector = call
         # A call in scope a/b uses the bindings of '', a and a/b.
         parts = scope.split("/") if scope else []
         for depth in range(len(parts) + 1):
             key = ("/".join(parts[:depth]), selector)
-            if key in seen:
-                continue
             seen.add(key)
             for value in gin_config._CONFIG.get(key, {}).values():
-                todo.extend(reference.config_key for reference in _references(value))
+                for reference in _references(value):
+                    own, selected = reference.config_key
+                    # A scope of its own replaces the caller's; a macro's name is a scope. What is only passed on
+                    # (@name without parentheses) is called later, in no scope.
+                    todo.append((own or (scope if reference.evaluate else ""), selected))
     return seen
 
 

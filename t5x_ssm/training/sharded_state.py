@@ -25,12 +25,21 @@ def abstract_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str,
     Returns:
       A TrainState of jax.ShapeDtypeStructs with shardings.
     """
+    params = abstract_parameters(objective, batch_shapes, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+    return _placed(state, state_shardings(state, shardings))
+
+
+def abstract_parameters(objective: Any, batch_shapes: dict[str, Any], mesh: Mesh) -> Any:
+    """Shapes, types and shardings of the parameters alone: a tree of jax.ShapeDtypeStructs."""
     variables = jax.eval_shape(lambda: objective.init(jax.random.key(0), batch_shapes))
     params = variables["params"]
-    shardings = rules.parameter_shardings(params, variables["params_axes"], mesh)
-    state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
-    placed = state_shardings(state, shardings)
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, placed)
+    return _placed(params, rules.parameter_shardings(params, variables["params_axes"], mesh))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
 
 
 def initial_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str, Any], abstract: TrainState, rng):

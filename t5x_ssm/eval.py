@@ -1,0 +1,187 @@
+"""Evaluation of a checkpoint on a held-out split, at one or several lengths.
+
+    python -m t5x_ssm.eval --model_dir=RUN_FOLDER [--lengths=512,1024] [--output_dir=FOLDER]
+    python -m t5x_ssm.eval --gin_file=models/gss_192m.gin --gin_file=runs/eval.gin --gin.CHECKPOINT_PATH=… …
+
+With --model_dir the run's own configuration and newest checkpoint are taken. Prints nats per token, perplexity and bits per
+byte of every task, and writes them to `eval_results.json`, with the loss by the number of tokens before it.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_ssm import config as config_lib
+from t5x_ssm.data import feed as feed_lib
+from t5x_ssm.errors import UserError
+from t5x_ssm.models.objectives import cross_entropy
+from t5x_ssm.parallel import mesh as mesh_lib
+from t5x_ssm.parallel import rules
+from t5x_ssm.train import batch_shapes, use_compilation_cache
+from t5x_ssm.training import checkpoints
+from t5x_ssm.training.metrics import summarise_sums
+from t5x_ssm.training.sharded_state import abstract_parameters
+
+# Points of a curve over positions.
+POINTS = 64
+
+
+def evaluate(
+    *,
+    model: Any,
+    dataset_cfg: feed_lib.DatasetConfig,
+    checkpoint_path: str,
+    output_dir: str,
+    lengths: Sequence[int] | None = None,
+    mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig(),
+) -> int:
+    """Evaluates every task of `dataset_cfg` and writes `eval_results.json`.
+
+    Args:
+      model: the objective, see `models.objectives`.
+      dataset_cfg: the split; its batch size counts tokens: at twice its length, batches have half as many rows.
+      checkpoint_path: a checkpoint or a run folder.
+      output_dir: where the results go.
+      lengths: lengths of windows; that of `dataset_cfg` when None.
+      mesh: sizes of the mesh axes.
+
+    Returns:
+      The exit status, 0.
+    """
+    use_compilation_cache()
+    device_mesh = mesh_lib.make_mesh(mesh)
+    own_length = dataset_cfg.task_feature_lengths[feed_lib.TARGETS]
+    tokens = own_length * dataset_cfg.batch_size
+    with jax.set_mesh(device_mesh):
+        params, step = None, None
+        table: dict[str, dict[str, dict[str, Any]]] = {}
+        for length in lengths or (own_length,):
+            rows = max(mesh_lib.batch_shards(device_mesh), tokens // length)
+            cfg = dataclasses.replace(dataset_cfg, task_feature_lengths={feed_lib.TARGETS: length}, batch_size=rows)
+            feeds = feed_lib.open_evaluation(cfg, process_index=jax.process_index(), process_count=jax.process_count())
+            if params is None:
+                abstract = abstract_parameters(model, batch_shapes(cfg), device_mesh)
+                restored = checkpoints.restore_parameters(checkpoint_path, abstract)
+                params, step = restored.params, restored.path.name.rpartition("_")[2]
+                for feed in feeds.values():
+                    expected = (restored.metadata or {}).get("vocabulary", {}).get("hash")
+                    feed_lib.check_vocabulary(
+                        feed.vocabulary, embedding_size=model.network.vocab_size, expected_hash=expected
+                    )
+            by_position = jax.jit(lambda params, batch: _sums_by_position(model, params, batch))
+            table[str(length)] = {}
+            for task, feed in feeds.items():
+                sums = _totals(by_position(params, _to_device(batch, device_mesh)) for batch in feed)
+                result = _summary(sums, feed.num_bytes())
+                table[str(length)][task] = result
+                if jax.process_index() == 0:
+                    print(_line(task, length, result), flush=True)
+    if jax.process_index() == 0:
+        folder = pathlib.Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "eval_results.json"
+        contents = {"checkpoint": str(restored.path), "step": step, "split": dataset_cfg.split, "lengths": table}
+        path.write_text(json.dumps(contents, indent=1) + "\n")
+        print(f"written: {path}")
+    return 0
+
+
+def _sums_by_position(model: Any, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Nats, hits and tokens summed over the batch, by the number of tokens of the document before them: each [L]."""
+    targets = batch["decoder_target_tokens"]
+    weights = batch["decoder_loss_weights"].astype(jnp.float32)
+    length = targets.shape[1]
+    positions = batch.get("decoder_positions")
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(length), targets.shape)
+    logits = model.logits(params, batch)
+    _, nats, _ = cross_entropy(logits, targets)
+    values = {"nats": nats, "correct": (jnp.argmax(logits, -1) == targets).astype(jnp.float32), "weights": 1.0}
+    return {name: jnp.zeros(length).at[positions].add(value * weights) for name, value in values.items()}
+
+
+def _totals(batches) -> dict[str, np.ndarray]:
+    totals: dict[str, np.ndarray] = {}
+    for sums in batches:
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
+    return totals
+
+
+def _summary(sums: dict[str, np.ndarray], num_bytes: int) -> dict[str, Any]:
+    total = {name: float(value.sum()) for name, value in sums.items()}
+    result: dict[str, Any] = summarise_sums({**total, "bytes": num_bytes})
+    result |= {"tokens": int(total["weights"]), "bytes": num_bytes}
+    bytes_per_token = num_bytes / total["weights"]
+    edges = np.linspace(0, len(sums["nats"]), min(POINTS, len(sums["nats"])) + 1).astype(int)
+    curve: dict[str, list[float]] = {"position": [], "bits_per_byte": []}
+    for low, high in itertools.pairwise(edges):
+        weight = sums["weights"][low:high].sum()
+        if weight:
+            curve["position"].append((low + high) / 2)
+            curve["bits_per_byte"].append(float(sums["nats"][low:high].sum() / weight / math.log(2) / bytes_per_token))
+    result["by_position"] = curve
+    return result
+
+
+def _line(task: str, length: int, result: dict[str, Any]) -> str:
+    return (
+        f"{task:28} length {length:6,}  {result['bits_per_byte']:.4f} bits/byte  {result['nats_per_token']:.4f} nats/token  "
+        f"perplexity {result['perplexity']:.3f}  accuracy {result['accuracy']:.3f}  {result['tokens']:,} tokens"
+    )
+
+
+def _to_device(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    return {
+        name: jax.make_array_from_process_local_data(rules.batch_sharding(mesh, rows.ndim), rows)
+        for name, rows in batch.items()
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Configures `evaluate` from the command line and runs it."""
+    parser = argparse.ArgumentParser(prog="python -m t5x_ssm.eval", description=__doc__)
+    parser.add_argument("--model_dir", help="a run folder: its configuration and newest checkpoint")
+    parser.add_argument("--lengths", help="comma-separated window lengths")
+    parser.add_argument("--output_dir", help="where eval_results.json goes; MODEL_DIR/evaluation by default")
+    arguments = config_lib.parse_arguments(argv, parser)
+    options = arguments.options
+    from t5x_ssm.eval import evaluate as configured
+
+    config_lib.load_run(arguments, "runs/eval.gin")
+    if options.model_dir:
+        gin.bind_parameter("CHECKPOINT_PATH/gin.macro.value", options.model_dir)
+        folder = options.output_dir or str(pathlib.Path(options.model_dir) / "evaluation")
+        gin.bind_parameter("EVAL_OUTPUT_DIR/gin.macro.value", folder)
+    elif options.output_dir:
+        gin.bind_parameter("EVAL_OUTPUT_DIR/gin.macro.value", options.output_dir)
+    if options.lengths:
+        gin.bind_parameter("EVAL_LENGTHS/gin.macro.value", _lengths(options.lengths))
+    config_lib.check(configured, *config_lib.training_root())
+    logging.info("Evaluating %s", gin.query_parameter("CHECKPOINT_PATH/gin.macro.value"))
+    return gin.get_configurable(configured)()
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 1:
+        raise UserError(f"--lengths={text}: give positive integers, separated by commas.")
+    return lengths
+
+
+if __name__ == "__main__":
+    config_lib.run_main(main)
