@@ -1,0 +1,174 @@
+"""Writes text after a prompt, token by token as it comes.
+
+    python -m t5x_ssm.generate --model_dir=RUN_FOLDER --prompt="Once upon" [--temperature=0.8 --top_k=40 --top_p=0.95]
+    echo "Once upon" | python -m t5x_ssm.generate --model_dir=RUN_FOLDER
+
+The prompt is read in pieces by convolution, then every token costs one step of the recurrence: time and memory per token do
+not depend on how long the text is, unless the network has full attention.
+"""
+
+import argparse
+import codecs
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_ssm import config as config_lib
+from t5x_ssm.errors import UserError
+from t5x_ssm.inference.decoding import Generator
+from t5x_ssm.inference.sampling import Sampling
+from t5x_ssm.parallel import mesh as mesh_lib
+from t5x_ssm.train import use_compilation_cache
+from t5x_ssm.training import checkpoints
+from t5x_ssm.training.sharded_state import abstract_parameters
+from tasks import vocabularies
+
+
+class TextCodec(NamedTuple):
+    """Text to ids and back.
+
+    Attributes:
+      encode: text to ids, without EOS.
+      decoder: makes a function that takes ids as they come and returns the text that they complete.
+      eos_id: the id that ends a text.
+    """
+
+    encode: Callable[[str], list[int]]
+    decoder: Callable[[], Callable[[Iterable[int]], str]]
+    eos_id: int | None
+
+
+class Writer(NamedTuple):
+    """A model ready to write."""
+
+    generator: Generator
+    codec: TextCodec
+
+
+def open_writer(*, model: Any, checkpoint_path: str, mixture_or_task_name: str) -> Writer:
+    """Restores the parameters of `model` and finds the vocabulary they were trained with.
+
+    Args:
+      model: the objective; its network writes.
+      checkpoint_path: a checkpoint or a run folder.
+      mixture_or_task_name: whose vocabulary to use where the checkpoint does not name the byte vocabulary.
+    """
+    use_compilation_cache()
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    shapes = {"decoder_input_tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
+    restored = checkpoints.restore_parameters(checkpoint_path, abstract_parameters(model, shapes, mesh))
+    vocabulary = (restored.metadata or {}).get("vocabulary", {})
+    if vocabulary.get("name") == "ByteVocabulary" and not vocabulary.get("extra_ids"):
+        codec = byte_codec()
+    else:
+        codec = seqio_codec(mixture_or_task_name, vocabulary.get("hash"))
+    return Writer(Generator(model.network, restored.params), codec)
+
+
+def byte_codec() -> TextCodec:
+    """The byte vocabulary; a character appears when its last byte has come, and invalid UTF-8 becomes U+FFFD."""
+
+    def decoder():
+        incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda ids: incremental.decode(vocabularies.decode_bytes(ids))
+
+    return TextCodec(vocabularies.encode_bytes, decoder, vocabularies.EOS_ID)
+
+
+def seqio_codec(mixture_or_task_name: str, expected_hash: str | None) -> TextCodec:
+    """The vocabulary of a registered task's targets.
+
+    Raises:
+      UserError: it is not the one that the checkpoint was trained with.
+    """
+    from tasks import cache
+
+    vocabulary = cache.registered(mixture_or_task_name).output_features["targets"].vocabulary
+    if expected_hash is not None and vocabularies.describe(vocabulary)["hash"] != expected_hash:
+        raise UserError(f"The vocabulary of {mixture_or_task_name!r} is not the one the checkpoint was trained with.")
+
+    def decoder():
+        ids_so_far: list[int] = []
+        shown = 0
+
+        def decode(ids):
+            # Pieces of a word change how they print when more come: decode all, show what is new and settled.
+            nonlocal shown
+            ids_so_far.extend(ids)
+            text = vocabulary.decode(ids_so_far)
+            settled = text.rstrip("\ufffd")
+            new, shown = settled[shown:], max(shown, len(settled))
+            return new
+
+        return decode
+
+    return TextCodec(vocabulary.encode, decoder, vocabulary.eos_id)
+
+
+def write(writer: Writer, prompt: str, samples: int, max_new_tokens: int, sampling: Sampling, seed: int, show) -> None:
+    """Writes `samples` continuations of the prompt, one after the other, passing text to `show` as it comes."""
+    ids = np.asarray([writer.codec.encode(prompt)], np.int32).reshape(1, -1)
+    generator = writer.generator
+    state = generator.start(1, max_length=ids.shape[1] + max_new_tokens + 1)
+    state = generator.read(state, ids)
+    for sample in range(samples):
+        if samples > 1:
+            show(f"\n--- sample {sample + 1} ---\n")
+        show(prompt)
+        decode = writer.codec.decoder()
+        stream = generator.generate(
+            generator.copy(state, [0]), max_new_tokens, sampling, eos_id=writer.codec.eos_id, seeds=seed + sample
+        )
+        for tokens in stream:
+            if tokens[0] != writer.codec.eos_id:
+                show(decode([int(tokens[0])]))
+        show("\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Configures `open_writer` from the command line, reads the prompt and writes."""
+    parser = argparse.ArgumentParser(prog="python -m t5x_ssm.generate", description=__doc__)
+    parser.add_argument("--model_dir", help="a run folder: its configuration and newest checkpoint")
+    parser.add_argument("--prompt", help="the text to continue; read from standard input when not given")
+    parser.add_argument("--unconditional", action="store_true", help="write without a prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k most likely tokens; 0 from all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the nucleus of this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_samples", type=int, default=1)
+    arguments = config_lib.parse_arguments(argv, parser)
+    options = arguments.options
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}={getattr(options, name)}: it must be at least 1.")
+    from t5x_ssm.generate import open_writer as configured
+
+    config_lib.load_run(arguments, "runs/generate.gin")
+    if options.model_dir:
+        gin.bind_parameter("CHECKPOINT_PATH/gin.macro.value", options.model_dir)
+    config_lib.check(configured, *config_lib.training_root())
+
+    prompt = "" if options.unconditional else options.prompt
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+    if not prompt and not options.unconditional:
+        raise UserError("The prompt is empty: give --prompt=TEXT or text on standard input, or --unconditional.")
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    writer = gin.get_configurable(configured)()
+    write(writer, prompt, options.num_samples, options.max_new_tokens, sampling, options.seed, show)
+    return 0
+
+
+if __name__ == "__main__":
+    config_lib.run_main(main)
