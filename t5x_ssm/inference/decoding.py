@@ -10,6 +10,7 @@ for networks without full attention, the memory. A network with full attention h
 chosen when its state is made.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from flax import struct
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.inference import sampling as sampling_lib
-from t5x_ssm.inference.sampling import Sampling
+from t5x_ssm.inference.sampling import GREEDY, Sampling
 
 Array = jax.Array
 Cache = Any
@@ -29,6 +30,9 @@ Cache = Any
 BOS = 0
 # What a row yields after its end. It is not a token: `Sampling` forbids it unless told otherwise.
 PAD = 0
+# Signs among drawn tokens: of logits that are not finite, and an id that no row ever draws.
+NOT_FINITE = -1
+NO_TOKEN = -2
 
 
 class DecodeState(struct.PyTreeNode):
@@ -47,18 +51,7 @@ class DecodeState(struct.PyTreeNode):
     capacity: int | None = struct.field(pytree_node=False, default=None)
 
 
-def cache_shapes(network: nn.Module, params: Any, batch: int, max_length: int) -> Cache:
-    """Shapes and types of the cache for `batch` rows, made by a call of `max_length` tokens."""
-    return jax.eval_shape(lambda params: _empty_cache(network, params, batch, max_length), params)
-
-
-def cache_grows(network: nn.Module, params: Any) -> bool:
-    """Whether the cache's size depends on the length of the text, as with full attention."""
-    short, long = (jax.tree.leaves(cache_shapes(network, params, 1, length)) for length in (1, 2))
-    return any(a.shape != b.shape for a, b in zip(short, long, strict=True))
-
-
-def init_cache(network: nn.Module, params: Any, batch: int, max_length: int | None = None) -> Cache:
+def init_cache(network: nn.Module, params: Any, batch: int, max_length: int) -> Cache:
     """A cache that has consumed nothing.
 
     Args:
@@ -66,21 +59,23 @@ def init_cache(network: nn.Module, params: Any, batch: int, max_length: int | No
       params: its parameters (only their shapes matter).
       batch: number of rows.
       max_length: how many tokens the caches of full attention are to hold. The others have a size of their own.
-
-    Raises:
-      UserError: the network has full attention and `max_length` is None.
     """
-    if not cache_grows(network, params):
-        max_length = 1
-    elif max_length is None:
-        raise UserError("This network has full attention, whose cache holds every token: give max_length.")
-    return jax.jit(lambda params: _empty_cache(network, params, batch, max_length))(params)
-
-
-def _empty_cache(network, params, batch, length):
-    tokens = jnp.zeros((batch, length), jnp.int32)
-    _, variables = network.apply({"params": params}, tokens, tokens, enable_dropout=False, decode=True, mutable=["cache"])
+    tokens = jnp.zeros((batch, max_length), jnp.int32)
+    _, variables = network.apply(
+        {"params": params}, tokens, tokens, enable_dropout=False, decode=True, mutable=["cache"]
+    )
     return variables["cache"]
+
+
+def cache_shapes(network: nn.Module, params: Any, batch: int, max_length: int) -> Cache:
+    """The shapes and types of `init_cache`, without making it."""
+    return jax.eval_shape(lambda params: init_cache(network, params, batch, max_length), params)
+
+
+def cache_grows(network: nn.Module, params: Any) -> bool:
+    """Whether the cache's size depends on the length of the text, as with full attention."""
+    short, long = (jax.tree.leaves(cache_shapes(network, params, 1, length)) for length in (1, 2))
+    return any(a.shape != b.shape for a, b in zip(short, long, strict=True))
 
 
 def row_keys(seeds: int | Sequence[int], batch: int) -> Array:
@@ -100,38 +95,30 @@ class Generator:
 
     Attributes:
       network, params: the module and its parameters.
-      sampling: how tokens are drawn.
-      eos_id: a row ends with this token; None never ends one.
       batch_axis: of every leaf of the cache.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        params: Any,
-        sampling: Sampling = sampling_lib.GREEDY,
-        *,
-        eos_id: int | None = 1,
-        piece_size: int = 512,
-        steps_per_call: int = 1,
-    ):
+    def __init__(self, network: nn.Module, params: Any, *, piece_size: int = 512):
         """Makes a generator.
 
         Args:
+          network: a module under T5X's decoder-only signature.
+          params: its parameters.
           piece_size: prompts are read this many tokens at a time; memory while reading follows it.
-          steps_per_call: tokens drawn between two looks of the host. 1 streams every token at once and can be left
-            after any of them; more save a round trip a token.
         """
-        if piece_size < 1 or steps_per_call < 1:
-            raise ValueError(f"piece_size = {piece_size} and steps_per_call = {steps_per_call} must be at least 1.")
-        self.network, self.params, self.sampling, self.eos_id = network, params, sampling, eos_id
+        if piece_size < 1:
+            raise ValueError(f"piece_size = {piece_size}; it must be at least 1.")
+        self.network, self.params = network, params
+        # The network's own convention, T5X's too: under a scan every leaf has the layers first.
         self.batch_axis = 1 if getattr(network, "scan_layers", False) else 0
         self._piece_size = piece_size
         self._grows = cache_grows(network, params)
-        # The two executables. Neither sees a text's length, only a batch, a piece or a number of steps.
+        self._init_cache = jax.jit(
+            lambda params, batch, length: init_cache(network, params, batch, length), static_argnums=(1, 2)
+        )
+        # The two executables. Neither sees a text's length, only a batch, a piece and a number of steps.
         self.read_piece = jax.jit(self._read_piece, donate_argnames="state")
-        self.make_steps = jax.jit(self._make_steps, donate_argnames="state", static_argnames="steps")
-        self.steps_per_call = steps_per_call
+        self.make_steps = jax.jit(self._make_steps, donate_argnames="state", static_argnames=("sampling", "steps"))
 
     def start(self, batch: int, max_length: int | None = None) -> DecodeState:
         """The state of `batch` empty texts.
@@ -139,8 +126,13 @@ class Generator:
         Args:
           batch: number of rows.
           max_length: the longest text, prompt and continuation together; needed with full attention only.
+
+        Raises:
+          UserError: the network has full attention and `max_length` is None.
         """
-        cache = init_cache(self.network, self.params, batch, max_length)
+        if self._grows and max_length is None:
+            raise UserError("This network has full attention, whose cache holds every token: give max_length.")
+        cache = self._init_cache(self.params, batch, max_length if self._grows else 1)
         return DecodeState(
             cache,
             token=jnp.full((batch,), BOS, jnp.int32),
@@ -194,16 +186,23 @@ class Generator:
         self,
         state: DecodeState,
         max_new_tokens: int,
+        sampling: Sampling = GREEDY,
         *,
+        eos_id: int | None = 1,
         seeds: int | Sequence[int] = 0,
+        steps_per_call: int = 1,
     ) -> "Stream":
         """Continues every row.
 
         Args:
           state: the texts so far; used up.
           max_new_tokens: rows that have not ended by then stop.
+          sampling: how tokens are drawn.
+          eos_id: a row ends with this token; None never ends one.
           seeds: of the draws, one a row or one for all (row b then uses seed + b). A draw is a function of the seed and
             of the token's position in the text: neither the other rows nor how the text came to be matter.
+          steps_per_call: tokens drawn between two looks of the host. 1 hands out every token at once and can be left
+            after any of them; more save a round trip a token.
 
         Returns:
           An iterator over int32 [B] arrays, the tokens of one step, `PAD` in rows that have ended.
@@ -211,9 +210,13 @@ class Generator:
         Raises:
           UserError: the capacity does not suffice; while iterating, the network's logits are not finite.
         """
-        # The newest token of all is drawn, but not consumed.
+        if steps_per_call < 1:
+            raise ValueError(f"steps_per_call = {steps_per_call}; it must be at least 1.")
+        # The last token drawn is not consumed, but the newest one of `state` is.
         self._check_capacity(state, np.full(state.token.shape, max_new_tokens))
-        return Stream(self, state, max_new_tokens, row_keys(seeds, state.token.shape[0]))
+        return Stream(
+            self, state, max_new_tokens, sampling, eos_id, row_keys(seeds, state.token.shape[0]), steps_per_call
+        )
 
     def copy(self, state: DecodeState, rows: Sequence[int] | np.ndarray) -> DecodeState:
         """A new state whose row i is row rows[i] of `state`, which stays as it is. Rows may repeat."""
@@ -253,11 +256,11 @@ class Generator:
         _, cache = self._apply(params, state.cache, tokens, lengths, prefill=True)
         return state.replace(cache=cache, consumed=state.consumed + lengths)
 
-    def _make_steps(self, params, state: DecodeState, active, keys, limit, *, steps: int):
-        """Draws up to `steps` tokens in the rows that are active, and at most `limit`.
+    def _make_steps(self, params, state: DecodeState, active, keys, eos_id, limit, *, sampling: Sampling, steps: int):
+        """Draws up to `steps` tokens, but at most `limit`, in the rows that are active.
 
         Returns:
-          (state, active [B], drawn int32 [steps, B]); drawn is -1 where the logits are not finite.
+          (state, active [B], drawn int32 [steps, B]); drawn is NOT_FINITE where the logits are not.
         """
 
         def one_step(carry, index):
@@ -267,11 +270,10 @@ class Generator:
             # A row that has ended consumes nothing more: its state stays that of its own text.
             logits, cache = self._apply(params, state.cache, state.token[:, None], count, decode=True)
             logits = logits[:, 0].astype(jnp.float32)
-            drawn = sampling_lib.draw(logits, jax.vmap(jax.random.fold_in)(keys, state.consumed), self.sampling)
-            drawn = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, -1)
+            drawn = sampling_lib.draw(logits, jax.vmap(jax.random.fold_in)(keys, state.consumed), sampling)
+            drawn = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NOT_FINITE)
             token = jnp.where(running, drawn, state.token)
-            if self.eos_id is not None:
-                active = active & ~(running & (drawn == self.eos_id))
+            active = active & ~(running & (drawn == eos_id))
             state = state.replace(cache=cache, token=token, consumed=state.consumed + count)
             return (state, active), jnp.where(running, drawn, PAD)
 
@@ -285,12 +287,22 @@ class Generator:
 class Stream:
     """The tokens of one `Generator.generate`, as they come; see there."""
 
-    def __init__(self, generator: Generator, state: DecodeState, max_new_tokens: int, keys: Array):
-        self._generator, self._state, self._keys = generator, state, keys
-        self._left = max_new_tokens
+    def __init__(
+        self,
+        generator: Generator,
+        state: DecodeState,
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_id: int | None,
+        keys: Array,
+        steps_per_call: int,
+    ):
+        self._generator, self._state, self._sampling, self._keys = generator, state, sampling, keys
+        self._eos_id = np.int32(NO_TOKEN if eos_id is None else eos_id)
+        self._steps, self._left = steps_per_call, max_new_tokens
         self._active = jnp.ones(state.token.shape, bool)
         self._ended = np.zeros(state.token.shape, bool)
-        self._ready: list[np.ndarray] = []
+        self._ready: collections.deque[np.ndarray] = collections.deque()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
@@ -300,33 +312,40 @@ class Stream:
             if self._left <= 0 or self._ended.all():
                 raise StopIteration
             self._advance()
-        tokens = self._ready.pop(0)
+        tokens = self._ready.popleft()
+        self._ended = self._ended | (tokens == self._eos_id)
         return tokens
 
     def _advance(self) -> None:
-        generator = self._generator
-        steps = generator.steps_per_call
-        self._state, self._active, drawn = generator.make_steps(
-            generator.params, self._state, self._active, self._keys, np.int32(self._left), steps=steps
+        self._state, self._active, drawn = self._generator.make_steps(
+            self._generator.params,
+            self._state,
+            self._active,
+            self._keys,
+            self._eos_id,
+            np.int32(self._left),
+            sampling=self._sampling,
+            steps=self._steps,
         )
         drawn = np.asarray(drawn)
-        if np.any(drawn < 0):
+        if np.any(drawn == NOT_FINITE):
             raise UserError("The network's logits are not finite: the checkpoint's parameters have diverged.")
+        ended = self._ended
         for tokens in drawn[: self._left]:
-            if self._ended.all():
+            if ended.all():
                 break
             self._ready.append(tokens)
-            self._ended |= tokens == generator.eos_id
-        self._left -= min(steps, self._left)
+            ended = ended | (tokens == self._eos_id)
+        self._left -= min(self._steps, self._left)
 
     @property
     def ended(self) -> np.ndarray:
-        """bool [B], the rows that have drawn their end."""
+        """bool [B], the rows that have yielded their end."""
         return self._ended
 
     @property
     def state(self) -> DecodeState:
-        """The texts with every token that was yielded, to be continued.
+        """The texts with every token that was yielded, to be continued; the stream is then at its end.
 
         Raises:
           ValueError: tokens were drawn that have not been yielded (steps_per_call above 1, left in between).
@@ -334,6 +353,7 @@ class Stream:
         if self._ready:
             raise ValueError(
                 f"{len(self._ready)} tokens are in the state and were not yielded: iterate to the end of the call, or "
-                "make the generator with steps_per_call=1."
+                "generate with steps_per_call=1."
             )
+        self._left = 0
         return self._state
