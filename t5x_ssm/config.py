@@ -172,9 +172,10 @@ def description(without: Sequence[str] = ()) -> dict[str, str]:
 
 def run_main(main: Callable[[Sequence[str]], Any]) -> None:
     """Runs an entry point: mistakes of the user end with a message and status 2, everything else with a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    # Libraries have put a handler of their own on the root logger by now.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for library in ("absl", "jax", "orbax", "etils"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         status = main(sys.argv[1:])
     except UserError as error:
