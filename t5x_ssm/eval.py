@@ -33,8 +33,8 @@ from t5x_ssm.training import checkpoints
 from t5x_ssm.training.metrics import summarise_sums
 from t5x_ssm.training.sharded_state import abstract_parameters
 
-# Points of a curve over positions.
-POINTS = 64
+# Points of a curve over positions, evenly spaced on a logarithmic axis.
+POINTS = 24
 
 
 def evaluate(
@@ -124,7 +124,8 @@ def _summary(sums: dict[str, np.ndarray], num_bytes: int) -> dict[str, Any]:
     result: dict[str, Any] = summarise_sums({**total, "bytes": num_bytes})
     result |= {"tokens": int(total["weights"]), "bytes": num_bytes}
     bytes_per_token = num_bytes / total["weights"]
-    edges = np.linspace(0, len(sums["nats"]), min(POINTS, len(sums["nats"])) + 1).astype(int)
+    length = len(sums["nats"])
+    edges = np.unique([0, *np.round(np.geomspace(min(8, length), length, POINTS)).astype(int)])
     curve: dict[str, list[float]] = {"position": [], "bits_per_byte": []}
     for low, high in itertools.pairwise(edges):
         weight = sums["weights"][low:high].sum()
