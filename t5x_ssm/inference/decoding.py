@@ -78,6 +78,31 @@ def cache_grows(network: nn.Module, params: Any) -> bool:
     return any(a.shape != b.shape for a, b in zip(short, long, strict=True))
 
 
+def advance(network: nn.Module, params: Any, cache: Cache, tokens: Array, counts: Array, **mode) -> tuple[Array, Cache]:
+    """Feeds tokens to a cache.
+
+    Args:
+      network, params: the module and its parameters.
+      cache: what the rows have consumed so far.
+      tokens: int [B, L].
+      counts: int [B], how many of its tokens each row consumes.
+      **mode: prefill=True for any L, or decode=True for L = 1.
+
+    Returns:
+      (logits float32 [B, L, V], of use in a row's first counts[b] positions; the cache after them).
+    """
+    logits, variables = network.apply(
+        {"params": params, "cache": cache},
+        tokens,
+        tokens,
+        enable_dropout=False,
+        prefill_lengths=counts,
+        mutable=["cache"],
+        **mode,
+    )
+    return logits, variables["cache"]
+
+
 def row_keys(seeds: int | Sequence[int], batch: int) -> Array:
     """One random key a row: from one seed a row, or from one seed that row b shifts by b."""
     seeds = np.asarray(seeds, np.int64)
@@ -238,22 +263,10 @@ class Generator:
                 f"{state.capacity}; make it longer, or the text shorter."
             )
 
-    def _apply(self, params, cache, tokens, lengths, **mode):
-        logits, variables = self.network.apply(
-            {"params": params, "cache": cache},
-            tokens,
-            tokens,
-            enable_dropout=False,
-            prefill_lengths=lengths,
-            mutable=["cache"],
-            **mode,
-        )
-        return logits, variables["cache"]
-
     def _read_piece(self, params, state: DecodeState, tokens, lengths, is_first):
         """Consumes lengths[b] of the tokens [B, piece size]; the first piece begins with the newest token."""
         tokens = tokens.at[:, 0].set(jnp.where(is_first, state.token, tokens[:, 0]))
-        _, cache = self._apply(params, state.cache, tokens, lengths, prefill=True)
+        _, cache = advance(self.network, params, state.cache, tokens, lengths, prefill=True)
         return state.replace(cache=cache, consumed=state.consumed + lengths)
 
     def _make_steps(self, params, state: DecodeState, active, keys, eos_id, limit, *, sampling: Sampling, steps: int):
@@ -268,7 +281,7 @@ class Generator:
             running = active & (index < limit)
             count = running.astype(jnp.int32)
             # A row that has ended consumes nothing more: its state stays that of its own text.
-            logits, cache = self._apply(params, state.cache, state.token[:, None], count, decode=True)
+            logits, cache = advance(self.network, params, state.cache, state.token[:, None], count, decode=True)
             logits = logits[:, 0].astype(jnp.float32)
             drawn = sampling_lib.draw(logits, jax.vmap(jax.random.fold_in)(keys, state.consumed), sampling)
             drawn = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NOT_FINITE)
