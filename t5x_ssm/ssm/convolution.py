@@ -1,18 +1,20 @@
-"""Convolution of sequences with kernels as long as themselves, one kernel a channel.
+"""Causal and bidirectional convolution of sequences with long kernels, one kernel a channel.
 
-All of it is one operation, multiplication by a Toeplitz matrix. A causal convolution fills the lower triangle, a
-bidirectional one both, and a convolution that must not cross document boundaries takes a hierarchy of square blocks:
+All of it is one operation, multiplication by a Toeplitz matrix of size L:
 
     y[i] = Σ_{j ≤ i} below[i-j] u[j] + Σ_{j > i} above[L+i-j] u[j]
 
-A Toeplitz matrix of size L is usually embedded in a circulant one of size 2L, which means padding with zeros and real
-transforms of size 2L. Here the sequence is multiplied by w^l with w = e^{2πi/(4L)} instead. Then w^L = i, so what a cyclic
-convolution of size L wraps around arrives multiplied by i: the real part of w^-l z[l] is the lower triangle's sum, and
-the upper triangle is computed with it by the kernel below - i·above. One complex transform of size L takes the place of a
-real one of size 2L: the same arithmetic, half the memory traffic, no padding. (In other words, the discrete Fourier
-transform at the frequencies (k - 1/4)/L.)
+A causal convolution fills the lower triangle and a bidirectional one both. A convolution that must not cross document
+boundaries takes a hierarchy of square blocks, and one with a kernel shorter than the sequence takes blocks of its size.
 
-Two implementations with one signature, which `select_method` chooses between:
+A Toeplitz matrix is usually embedded in a circulant one of size 2L, which means padding with zeros and real transforms of
+size 2L. Here the sequence is multiplied by w^l with w = e^{2πi/(4L)} instead. Then w^L = i, so what a cyclic convolution
+of size L wraps around arrives multiplied by i: the real part of w^-l z[l] is the lower triangle's sum, and with the kernel
+below - i·above it is the whole. One complex transform of size L takes the place of a real one of size 2L: the same
+arithmetic and half the memory traffic. (In other words, the Fourier transform at the frequencies (k - 1/4)/L.)
+
+Implementations with one signature, which `select_method` chooses between:
+  "direct"  sums over lags, for a few tokens;
   "fft"     the backend's complex FFT;
   "matmul"  the transform as two matrix products with a twiddle between, in real planes (Bailey's four steps; the Monarch
             factorisation of FlashConv), for accelerators whose matrix units outrun their FFT.
@@ -29,6 +31,9 @@ METHODS = ("direct", "fft", "matmul")
 
 # Sums over lags of sequences up to this long are written out: fewer operations than any transform needs.
 DIRECT_LENGTH = 32
+
+# The smallest blocks of a convolution masked by documents; their sums are written out.
+LEAF_LENGTH = 8
 
 # Complex elements of the spectra that are alive at once. A few MiB stay in a CPU's cache (measured: up to 1.7 times faster
 # than all channels at once); on accelerators the bound is there for memory alone.
@@ -71,7 +76,7 @@ def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, met
         return functools.partial(_in_channel_groups, function, group)
 
     kernels = (kernel_HL,) if anticausal_HL is None else (kernel_HL, anticausal_HL)
-    kernels = tuple(_fit(k, length) for k in kernels)
+    kernels = tuple(k[:, :length] for k in kernels)
     if method == "direct" or length <= DIRECT_LENGTH:
         return run("cpu")(u_BLH, *kernels)
     return lax.platform_dependent(u_BLH, *kernels, cpu=run("cpu"), tpu=run("tpu"), default=run("cuda"))
@@ -82,11 +87,6 @@ def select_method(platform: str, length: int) -> str:
     if length <= DIRECT_LENGTH:
         return "direct"
     return "matmul" if platform == "tpu" else "fft"
-
-
-def _fit(kernel, length):
-    """A kernel cut or padded with zeros to `length` lags."""
-    return jnp.pad(kernel[:, :length], [(0, 0), (0, max(0, length - kernel.shape[1]))])
 
 
 def _in_channel_groups(function, elements, u_BLH, *kernels):
@@ -103,43 +103,64 @@ def _in_channel_groups(function, elements, u_BLH, *kernels):
     if u_BLH.size > KEPT_ELEMENTS:
         run = jax.checkpoint(run)
     u = jnp.moveaxis(u_BLH.reshape(batch, length, channels // group, group), 2, 0)
-    kernels = [k.reshape(channels // group, group, length) for k in kernels]
+    kernels = [k.reshape(channels // group, group, k.shape[1]) for k in kernels]
     y = lax.map(lambda inputs: run(*inputs), (u, *kernels))
     return jnp.moveaxis(y, 0, 2).reshape(u_BLH.shape)
 
 
-def _convolve(toeplitz, document, u_BHL, kernel, anticausal=None):
-    length = u_BHL.shape[-1]
+def _convolve(toeplitz, document, u, kernel, anticausal=None):
+    """u [B, H, L], kernels [H, up to L], document int [B, 1, L] or None."""
+    length = u.shape[-1]
     if document is not None:
-        return _packed(toeplitz, u_BHL, kernel, document)
-    size = 1 << (length - 1).bit_length()
-    u, below = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - length)]) for x in (u_BHL, kernel))
-    above = None
+        return _packed(toeplitz, u, kernel, document)
     if anticausal is not None:
-        above = jnp.pad(anticausal, [(0, 0), (0, size - length)])[:, ::-1]
-    return toeplitz(u, below, above)[..., :length]
+        size = _power_of_two(length)
+        return toeplitz(_pad(u, size), _pad(kernel, size), _pad(anticausal, size)[:, ::-1])[..., :length]
+    # A kernel shorter than the sequence reaches from a block of its size into the next block and no further.
+    block = _power_of_two(kernel.shape[1])
+    blocks = -(-length // block)
+    if blocks <= 2:
+        size = _power_of_two(length)
+        return toeplitz(_pad(u, size), _pad(kernel, size))[..., :length]
+    u = _grid(_pad(u, blocks * block), blocks)
+    previous = jnp.pad(u[..., :-1, :], [(0, 0), (0, 0), (1, 0), (0, 0)])
+    return _ungrid(toeplitz(u, _pad(kernel, block)[:, None], previous=previous))[..., :length]
+
+
+def _power_of_two(length):
+    return 1 << (length - 1).bit_length()
+
+
+def _pad(x, length):
+    """x with zeros behind, up to `length` along the last axis."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Multiplication by a Toeplitz matrix: u [..., L], below and above [..., L] with the leading axes of u or ones to broadcast
+# Multiplication by a Toeplitz matrix of size L, a power of two. Arrays are [..., L] with leading axes that broadcast:
+#   u         the sequence;  previous  the L numbers before it, so that Σ_{j > i} below[L+i-j] previous[j] is added
+#   below     lags 0 … L-1;  above     the upper triangle, None for zero
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _toeplitz_direct(u, below, above=None):
+def _toeplitz_direct(u, below, above=None, previous=None):
     length = u.shape[-1]
     y = below[..., :1] * u
     for lag in range(1, length):
-        y = y + below[..., lag, None] * jnp.pad(u[..., :-lag], [(0, 0)] * (u.ndim - 1) + [(lag, 0)])
+        late, early = [(0, 0)] * (u.ndim - 1) + [(lag, 0)], [(0, 0)] * (u.ndim - 1) + [(0, length - lag)]
+        y = y + below[..., lag, None] * jnp.pad(u[..., :-lag], late)
         if above is not None:
-            y = y + above[..., length - lag, None] * jnp.pad(u[..., lag:], [(0, 0)] * (u.ndim - 1) + [(0, lag)])
+            y = y + above[..., lag, None] * jnp.pad(u[..., length - lag :], early)
+        if previous is not None:
+            y = y + below[..., lag, None] * jnp.pad(previous[..., length - lag :], early)
     return y
 
 
-def _toeplitz_fft(u, below, above=None):
+def _toeplitz_fft(u, below, above=None, previous=None):
     # From a few thousand points on, two transforms of half the size, which stay in cache, are faster than one. The
     # butterfly between them is part of the multiplication by w^l and costs no pass over memory.
     radix = 2 if u.shape[-1] >= 4096 else 1
-    spectra = zip(_spectrum(u, None, radix), _spectrum(below, above, radix), strict=True)
+    spectra = zip(_spectrum(u, previous, radix), _spectrum(below, above, radix), strict=True)
     return _from_spectrum([a * b for a, b in spectra])
 
 
@@ -201,7 +222,7 @@ def _from_spectrum(spectra):
     return blocks[0] if radix == 1 else jnp.concatenate(blocks, axis=-1)
 
 
-def _toeplitz_matmul(u, below, above=None, precision=lax.Precision.HIGHEST):
+def _toeplitz_matmul(u, below, above=None, previous=None, precision=lax.Precision.HIGHEST):
     length = u.shape[-1]
     # L = R·M with n = q·M + m and f = r + R·k - 1/4: products over q, twiddles at (r, m), products over m.
     radix = 1 << (length.bit_length() // 2)
@@ -224,7 +245,7 @@ def _toeplitz_matmul(u, below, above=None, precision=lax.Precision.HIGHEST):
         planes = jnp.concatenate([x_re * cosine - x_im * sine, x_re * sine + x_im * cosine], axis=-1)
         return jnp.split(product("...rm,mk->...rk", planes, inner_planes), 2, axis=-1)
 
-    (a_re, a_im), (b_re, b_im) = spectrum(u, None), spectrum(below, above)
+    (a_re, a_im), (b_re, b_im) = spectrum(u, previous), spectrum(below, above)
     planes = jnp.concatenate([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], axis=-1)
     z_re, z_im = jnp.split(product("...rk,mk->...rm", planes, inner_planes / length), 2, axis=-1)
     x_re, x_im = z_re * cosine + z_im * sine, z_im * cosine - z_re * sine
@@ -256,12 +277,14 @@ def _packed(toeplitz, u, kernel, document):
     is masked is exactly zero before the transform, so nothing of one document is in another's outputs.
     """
     length = u.shape[-1]
-    size = max(DIRECT_LENGTH, 1 << (length - 1).bit_length())
-    pad = [(0, 0), (0, 0), (0, size - length)]
-    u, document, kernel = jnp.pad(u, pad), jnp.pad(document, pad, mode="edge"), jnp.pad(kernel, pad[1:])
-    half = min(DIRECT_LENGTH, size)
-    y = _ungrid(_masked_direct(_grid(u, size // half), kernel, _grid(document, size // half)))
-    while half < size:
+    leaf = min(LEAF_LENGTH, _power_of_two(length))
+    block = max(leaf, _power_of_two(kernel.shape[1]))
+    size = block * -(-length // block)
+    u, kernel = _pad(u, size), _pad(kernel, block)
+    document = jnp.pad(document, [(0, 0), (0, 0), (0, size - length)], mode="edge")
+    y = _ungrid(_masked_direct(_grid(u, size // leaf), kernel, _grid(document, size // leaf)))
+    half = leaf
+    while half < block:
         u_halves, same = _grid(u, size // (2 * half)), _grid(document, size // (2 * half))
         same = same == same[..., half : half + 1]
         first = jnp.where(same[..., :half], u_halves[..., :half], 0)
@@ -269,6 +292,13 @@ def _packed(toeplitz, u, kernel, document):
         second = jnp.where(same[..., half:], second, 0)
         y = y + _ungrid(jnp.pad(second, [(0, 0)] * 3 + [(half, 0)]))
         half *= 2
+    if block < size:  # the kernel is shorter than the sequence: every block also hears the one before it
+        where = _grid(document, size // block)
+        heard = where[..., :-1, :] == where[..., 1:, :1]
+        previous = jnp.where(heard, _grid(u, size // block)[..., :-1, :], 0)
+        tail = toeplitz(previous, jnp.zeros_like(kernel)[:, None], kernel[:, None])
+        tail = jnp.where(where[..., 1:, :] == where[..., 1:, :1], tail, 0)
+        y = y + _ungrid(jnp.pad(tail, [(0, 0), (0, 0), (1, 0), (0, 0)]))
     return y[..., :length]
 
 

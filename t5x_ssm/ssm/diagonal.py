@@ -286,32 +286,16 @@ def chunked(system: Diagonal, u, *, state=None, resets=None, chunk_size: int | N
     Returns:
       y [B, L, H] in u's type, and the state after the last token.
     """
-    length = u.shape[1]
-    chunk = min(length, CHUNK_SIZE if chunk_size is None else chunk_size)
-    taps = kernel(system, chunk)
-    whole = length // chunk
+    chunk = CHUNK_SIZE if chunk_size is None else chunk_size
+    taps = kernel(system, max(1, min(u.shape[1], chunk)))
 
     def run(u, resets, state):
         return _one_chunk(system, taps, u, resets, state)
 
-    if whole == 1 and length == chunk:
+    if u.shape[1] <= chunk:
         return run(u, resets, state)
     state = zero_state(system, u.shape[0]) if state is None else state
-
-    def body(state, inputs):
-        y, state = run(*inputs, state)
-        return state, y
-
-    def split(x):
-        return jnp.moveaxis(x[:, : whole * chunk].reshape(x.shape[0], whole, chunk, *x.shape[2:]), 1, 0)
-
-    inputs = jax.tree.map(split, (u, resets))
-    state, y = jax.lax.scan(jax.checkpoint(body), state, inputs)
-    y = jnp.moveaxis(y, 0, 1).reshape(u.shape[0], whole * chunk, u.shape[2])
-    if whole * chunk < length:
-        tail, state = run(*jax.tree.map(lambda x: x[:, whole * chunk :], (u, resets)), state)
-        y = jnp.concatenate([y, tail], axis=1)
-    return y, state
+    return scans.in_chunks(run, u, resets, state, chunk)
 
 
 def _one_chunk(system: Diagonal, taps, u, resets, state):

@@ -1,4 +1,4 @@
-"""Recurrences over the length of a sequence, one token after another."""
+"""Running a system over the length of a sequence: token after token, or chunk after chunk."""
 
 import jax
 import jax.numpy as jnp
@@ -37,3 +37,42 @@ def recurrence(step, u, state, resets=None, reverse: bool = False):
     inputs = (jax.tree.map(time_first, u), None if resets is None else resets.T)
     state, y = lax.scan(body, state, inputs, reverse=reverse)
     return jax.tree.map(time_first, y), state
+
+
+def in_chunks(run, u, resets, state, chunk_size: int):
+    """Runs a system over a sequence in chunks, so that memory does not grow with the length beyond input and output.
+
+    Args:
+      run: (u [B, T, ...], resets [B, T] or None, state) -> (y [B, T, ...], state) for any T up to chunk_size.
+      u: [B, L, ...].
+      resets: bool [B, L] or None.
+      state: pytree of [B, ...].
+      chunk_size: tokens in a chunk, at least 1; the last chunk may be shorter.
+
+    Returns:
+      y [B, L, ...] and the state after the last token.
+
+    Raises:
+      ValueError: if chunk_size is below 1.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    batch, length = u.shape[:2]
+    chunks = length // chunk_size
+    whole = chunks * chunk_size
+
+    def body(state, inputs):
+        y, state = run(*inputs, state)
+        return state, y
+
+    def split(x):
+        return jnp.moveaxis(x[:, :whole].reshape(batch, chunks, chunk_size, *x.shape[2:]), 1, 0)
+
+    parts = []
+    if whole:
+        state, y = lax.scan(jax.checkpoint(body), state, jax.tree.map(split, (u, resets)))
+        parts.append(jnp.moveaxis(y, 0, 1).reshape(batch, whole, *y.shape[3:]))
+    if whole < length:
+        y, state = run(*jax.tree.map(lambda x: x[:, whole:], (u, resets)), state)
+        parts.append(y)
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0], state
