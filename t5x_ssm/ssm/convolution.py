@@ -44,6 +44,7 @@ GROUP_ELEMENTS = 1 << 24
 KEPT_ELEMENTS = 1 << 23
 
 
+@functools.partial(jax.jit, static_argnames="method")
 def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, method: str | None = None):
     """y[b, i, h] = Σ_{j ≤ i} kernel[h, i-j] u[b, j, h], and optionally the future's part.
 

@@ -226,10 +226,14 @@ def kernel(system: Diagonal, length: int):
     return modal_sum(*multiply(system.c_re, system.c_im, system.b_re, system.b_im), system.pole, length)
 
 
+def _taps(system: Diagonal, length: int):
+    """The impulse response with the skip, which is the response at lag 0."""
+    return kernel(system, length).at[:, 0].add(system.d)
+
+
 def convolve(system: Diagonal, u):
     """All outputs at once from zero state, by convolution. u and the result are [B, L, H], in u's type."""
-    x = _cast(system, u)
-    return (causal_convolution(x, kernel(system, u.shape[1])) + system.d * x).astype(u.dtype)
+    return causal_convolution(_cast(system, u), _taps(system, u.shape[1])).astype(u.dtype)
 
 
 def step(system: Diagonal, u, state):
@@ -287,7 +291,7 @@ def chunked(system: Diagonal, u, *, state=None, resets=None, chunk_size: int | N
       y [B, L, H] in u's type, and the state after the last token.
     """
     chunk = CHUNK_SIZE if chunk_size is None else chunk_size
-    taps = kernel(system, max(1, min(u.shape[1], chunk)))
+    taps = _taps(system, max(1, min(u.shape[1], chunk)))
 
     def run(u, resets, state):
         return _one_chunk(system, taps, u, resets, state)
@@ -301,7 +305,7 @@ def chunked(system: Diagonal, u, *, state=None, resets=None, chunk_size: int | N
 def _one_chunk(system: Diagonal, taps, u, resets, state):
     length = u.shape[1]
     x = _cast(system, u)
-    y = causal_convolution(x, taps[:, :length], resets=resets) + system.d * x
+    y = causal_convolution(x, taps[:, :length], resets=resets)
     newest = x
     if resets is not None:
         document = jnp.cumsum(resets, axis=1)
@@ -329,7 +333,7 @@ def prefill(system: Diagonal, u, lengths, *, state=None):
     """
     length = u.shape[1]
     x = _cast(system, u)
-    y = causal_convolution(x, kernel(system, length)) + system.d * x
+    y = causal_convolution(x, _taps(system, length))
     if state is not None:
         y = y + _ring(system, state, length)
     # Backwards from each row's own last token, so that one set of powers fits all rows.
