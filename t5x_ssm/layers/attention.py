@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
+from t5x_ssm.errors import UserError
 from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init
-from t5x_ssm.layers.mixer import Run
+from t5x_ssm.layers.mixer import Run, document_positions
 from t5x_ssm.layers.positions import RelativeBias, rotate
 from t5x_ssm.parallel.shard import constrain
 
@@ -74,14 +75,20 @@ class Attention(nn.Module):
     def __call__(self, x: Array, *, enable_dropout: bool = True, return_state: bool = False, **call):
         run = Run(enable_dropout=enable_dropout, return_state=return_state, **call)
         if self.span not in SPANS:
-            raise ValueError(f"Attention.span = {self.span!r}; it is one of {', '.join(SPANS)}.")
+            raise UserError(f"Attention.span = {self.span!r}; it is one of {', '.join(SPANS)}.")
         if return_state or run.initial_state is not None:
-            raise ValueError("Attention passes its state through the decode cache (prefill=True), not initial_state.")
+            raise UserError("Attention passes its state through the decode cache (prefill=True), not initial_state.")
+        if self.cross and run.encoded is None:
+            raise UserError("Attention.cross = True attends to an encoder's output, and none was given (encoded).")
+        if self.cross and (self.relative_bias or self.rotary):
+            raise UserError("Attention.cross = True has no relative positions: leave relative_bias and rotary False.")
         batch, length, width = x.shape
+        if self.head_dim is None and width % self.num_heads:
+            raise UserError(f"Attention.num_heads = {self.num_heads} does not divide the width {width}; set head_dim.")
         head_dim = width // self.num_heads if self.head_dim is None else self.head_dim
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if self.num_heads % kv_heads:
-            raise ValueError(f"Attention.num_kv_heads = {kv_heads} does not divide num_heads = {self.num_heads}.")
+            raise UserError(f"Attention.num_kv_heads = {kv_heads} does not divide num_heads = {self.num_heads}.")
 
         def project(name, inputs, heads):
             y = Dense(heads * head_dim, ("embed", "joined_kv"), self.use_bias, self.dtype, self.kernel_init, name=name)(
@@ -111,10 +118,13 @@ class Attention(nn.Module):
         elif run.decode or run.prefill:
             out = self._cached(q, k, v, run, attend)
         else:
-            positions = run.positions
-            if positions is None:
+            positions, segments = run.positions, run.segment_ids
+            # Positions that simply count from 0 are the same for all rows and blocks.
+            regular = positions is None and segments is None
+            if regular:
                 positions = jnp.arange(length, dtype=jnp.int32)[None]
-            segments = run.segment_ids
+            elif positions is None:
+                positions = document_positions(segments)
             if run.padding_mask is not None:
                 padding = run.padding_mask.astype(jnp.int32)
                 segments = padding if segments is None else segments * padding
@@ -123,7 +133,7 @@ class Attention(nn.Module):
             if self.span == "full" or length <= self.window:
                 out = attend(q, k, v, positions, positions, self._visible(positions, positions, segments, segments))
             else:
-                out = self._blockwise(q, k, v, positions, segments, attend, regular=run.positions is None)
+                out = self._blockwise(q, k, v, positions, segments, attend, regular=regular)
 
         out = out.reshape(batch, length, self.num_heads * head_dim)
         return Dense(width, ("joined_kv", "embed"), self.use_bias, self.dtype, self.kernel_init, name="out")(out)
@@ -192,7 +202,7 @@ class Attention(nn.Module):
     def _cached(self, q, k, v, run: Run, attend):
         """Consumes tokens from and into the cache: a ring of keys and values, and how many tokens each row has seen."""
         if not self.causal:
-            raise ValueError("Attention.causal = False cannot decode: its outputs depend on tokens not yet written.")
+            raise UserError("Attention.causal = False cannot decode: its outputs depend on tokens not yet written.")
         batch, length, kv_heads, head_dim = k.shape
         created = self.has_variable("cache", "cached_key")
         # T5X creates the cache by a call at full length: that length is all that full attention will ever hold.

@@ -8,8 +8,10 @@ Every mixer (attention or state space) is a linen module whose fields are its co
 
 and returns (y, state) when `return_state` is set. Decode state lives in the `cache` collection, every leaf batch-first:
   * `decode=True` without a cache creates the zero state and consumes nothing;
-  * `prefill=True` consumes the first prefill_lengths[b] positions of row b, starting from the cached state;
+  * `prefill=True` consumes the first prefill_lengths[b] positions of row b, starting from the cached state; outputs are
+    right at these and the position after them;
   * `decode=True` with a cache consumes one token; given prefill_lengths (0 or 1), only in the rows that have 1.
+A row of the cache is one document, so these modes refuse segment_ids.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
+from t5x_ssm.errors import UserError
 from t5x_ssm.parallel.shard import shard
 
 Array = jax.Array
@@ -42,6 +45,12 @@ class Run:
     initial_state: Any = None
     return_state: bool = False
 
+    def __post_init__(self):
+        if self.decode and self.prefill:
+            raise UserError("decode and prefill are two modes: set one of them.")
+        if (self.decode or self.prefill) and self.segment_ids is not None:
+            raise UserError("decode and prefill read one document a row: leave out segment_ids (no packing).")
+
 
 @dataclasses.dataclass(frozen=True)
 class CoreAxes:
@@ -62,6 +71,13 @@ def document_starts(segment_ids: Array) -> Array:
     """True where a packed document begins: [B, L] bool from segment ids [B, L]. Position 0 always begins one."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.concatenate([jnp.ones_like(changed, shape=(segment_ids.shape[0], 1)), changed], axis=1)
+
+
+def document_positions(segment_ids: Array) -> Array:
+    """Positions within the packed documents, counted from 0: int32 [B, L] from segment ids [B, L]."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    first = jnp.where(document_starts(segment_ids), index, 0)
+    return index - jax.lax.cummax(first, axis=1)
 
 
 def run_state_space(module: nn.Module, core: ModuleType, system: Any, u: Array, axes: CoreAxes, run: Run):

@@ -80,8 +80,6 @@ class Decoder(nn.Module):
           float32 [B, L, vocab_size].
         """
         del decoder_causal_attention, max_decode_length
-        if decode and prefill:
-            raise ValueError("decode and prefill are two modes: set one of them.")
         dropout = nn.Dropout(self.embed_dropout_rate, broadcast_dims=(-2,))
         embed = Embed(self.vocab_size, self.embed_dim, self.embed_init_scale, self.dtype, name="token_embedder")
         x = dropout(embed(decoder_input_tokens), deterministic=not enable_dropout)
