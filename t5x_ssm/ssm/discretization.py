@@ -44,14 +44,23 @@ def zoh(lambda_re, lambda_im, step, step_im=None) -> tuple[Pole, tuple]:
     step_im = step if step_im is None else double(step_im)
     angle = double_float.multiply(step_im, lambda_im)
     pole = _pole(step.high * lambda_re, angle)
-    minus_one = power_minus_one(pole, jnp.ones((), jnp.int32))
-    # (Ā - 1)/Λ tends to Δ with Λ: two terms of its series stand in where Λ² would underflow.
-    slow = jnp.square(lambda_re) + jnp.square(lambda_im.high) < 1e-24
-    gain_re, gain_im = divide(*minus_one, jnp.where(slow, 1.0, lambda_re), lambda_im.high)
-    return pole, (
-        jnp.where(slow, step.high * (1 + pole.log_decay / 2), gain_re),
-        jnp.where(slow, step.high * angle.high / 2, gain_im),
-    )
+    z = step.high * lambda_re, angle.high
+    gain = _exponential_quotient(pole, *z)
+    if step_im is step:
+        return pole, (step.high * gain[0], step.high * gain[1])
+    return pole, multiply(*gain, *divide(*z, lambda_re, lambda_im.high))
+
+
+def _exponential_quotient(pole: Pole, z_re, z_im):
+    """(e^z - 1)/z for z = log Ā: by its series where z is small and the derivative of the quotient would cancel."""
+    small = jnp.square(z_re) + jnp.square(z_im) < 0.01
+    series_re, series_im = jnp.ones_like(z_re), jnp.zeros_like(z_im)
+    near_re, near_im = jnp.where(small, z_re, 0), jnp.where(small, z_im, 0)
+    for n in range(9, 1, -1):  # 1 + z/2 (1 + z/3 (1 + …))
+        series_re, series_im = multiply(series_re, series_im, near_re / n, near_im / n)
+        series_re = series_re + 1
+    far = divide(*power_minus_one(pole, jnp.ones((), jnp.int32)), jnp.where(small, 1, z_re), jnp.where(small, 0, z_im))
+    return jnp.where(small, series_re, far[0]), jnp.where(small, series_im, far[1])
 
 
 def bilinear(lambda_re, lambda_im, step) -> tuple[Pole, tuple]:

@@ -132,31 +132,35 @@ def reduce_turns(turns: Double) -> Double:
     return add(turns, -lax.stop_gradient(jnp.round(turns.high)))
 
 
-_SECTORS = 64
+_SECTORS = 256
 
 
 def cosine_and_sine(turns: Double) -> tuple[Double, Double]:
-    """cos 2πt and sin 2πt of an angle in [-1, 1] turns, absolute error below 10⁻¹² in float32."""
+    """cos 2πt and sin 2πt of an angle in [-1, 1] turns, absolute error below 2·10⁻¹¹ in float32."""
     dtype = turns.high.dtype
     simple = 2 * np.pi * turns.high
     if dtype == jnp.float64:
         return double(jnp.cos(simple)), double(jnp.sin(simple))
+    # e^{ix} of the rest x < 0.013 turns a tabulated point by a little: all but one product is small enough for floats.
     sector = jnp.round(turns.high * _SECTORS)
-    rest = add(turns, -sector / _SECTORS)
-    x = multiply(rest, constant(2 * np.pi, dtype))  # |x| < 0.05
-    square = multiply(x, x)
-    sine = add(x, x.high * square.high * (-1 / 6 + square.high / 120))
-    cosine_less_one = add(multiply(square, constant(-0.5, dtype)), square.high**2 * (1 / 24 - square.high / 720))
+    x = multiply(add(turns, -sector / _SECTORS), constant(2 * np.pi, dtype))
+    square = x.high * x.high
+    sine = Double(x.high, x.low + x.high * square * (-1 / 6 + square * (1 / 120)))
+    cosine_less_one = square * (-1 / 2 + square * (1 / 24))
     angles = 2 * np.pi * np.arange(_SECTORS) / _SECTORS
     index = jnp.mod(sector, _SECTORS).astype(jnp.int32)
     c, s = (Double(*(part[index] for part in constant(f(angles), dtype))) for f in (np.cos, np.sin))
-    cosine = add(c, add(multiply(c, cosine_less_one), negate(multiply(s, sine))))
-    total_sine = add(s, add(multiply(s, cosine_less_one), multiply(c, sine)))
+    cosine = add(c, add(negate(multiply(s, sine)), c.high * cosine_less_one))
+    total_sine = add(s, add(multiply(c, sine), s.high * cosine_less_one))
     return _with_derivative_of(jnp.cos(simple), cosine), _with_derivative_of(jnp.sin(simple), total_sine)
 
 
 def turns_of(x: Double, y: Double) -> Double:
-    """The angle of the vector (x, y) in turns, in [-1/2, 1/2]: a float arctangent and one Newton correction."""
+    """The angle of the vector (x, y) in turns, in [-1/2, 1/2], zero for the zero vector.
+
+    A float arctangent and one Newton correction.
+    """
+    x = Double(jnp.where((x.high == 0) & (y.high == 0), 1, x.high), x.low)
     simple = jnp.arctan2(y.high, x.high) / (2 * np.pi)
     start = lax.stop_gradient(simple)
     c, s = cosine_and_sine(double(start))
