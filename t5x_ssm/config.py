@@ -8,16 +8,21 @@ Every entry point takes T5X's flags:
                                that is not gin syntax is taken as a string, so quotes may be left out
     --gin_search_paths=A,B
 
-gin itself ignores a misspelt macro and a parameter of something that the configuration never uses. `check` finds both.
+gin itself ignores a misspelt macro and a parameter of something that the configuration never uses, and notices a missing
+or mistyped value only where it is used. `check` finds all of these before anything runs.
 """
 
 import argparse
 import dataclasses
 import difflib
+import fnmatch
 import inspect
 import logging
 import pathlib
+import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -121,51 +126,57 @@ def training_root() -> tuple[Callable, ...]:
     return (train,) if train in gin_config._INVERSE_REGISTRY else ()
 
 
-def check(root: Callable, *more_roots: Callable) -> None:
-    """Checks that the configuration is complete for `root` and that all of it is used by the roots.
+def check(root: Callable) -> None:
+    """Checks that the configuration is complete, well typed, and used by `root` in all its parts.
 
     Args:
       root: the configured function that the program will call.
-      more_roots: functions whose bindings may stand in the configuration, though the program does not call them.
 
     Raises:
-      UserError: a macro that still must be given, or bindings that have no effect.
+      UserError: a value that still must be given, one of the wrong type, or bindings that have no effect.
     """
-    reachable = _reachable(root)
-    missing = []
-    for scope, selector in reachable:
-        for parameter, value in gin_config._CONFIG.get((scope, selector), {}).items():
-            if value is gin.REQUIRED or repr(value) == "%gin.REQUIRED":
-                missing.append(scope if selector == "gin.macro" else f"{_name(scope, selector)}.{parameter}")
-    if missing:
-        flags = " ".join(f"--gin.{name}=…" for name in sorted(missing))
-        raise UserError(f"{', '.join(sorted(missing))} must be set: {flags}")
-    for other in more_roots:
-        reachable |= _reachable(other)
-    used = sorted({scope for scope, selector in reachable if selector == "gin.macro" and scope})
+    configurable = gin_config._INVERSE_REGISTRY.get(root)
+    if configurable is None:
+        raise UserError(f"Nothing configures {_name(root)}: give a gin file, such as --gin_file=quickstart.gin.")
+    reachable = _reachable(configurable.selector)
+    undefined = sorted(
+        scope
+        for scope, selector in reachable
+        if selector == "gin.macro"
+        and scope
+        and gin_config._CONFIG.get((scope, selector), {}).get("value", gin.REQUIRED) is gin.REQUIRED
+    )
+    if undefined:
+        flags = " ".join(f"--gin.{name}=…" for name in undefined)
+        raise UserError(f"{', '.join(undefined)} must be set: {flags}")
+    _check_required(configurable.selector, reachable)
+    used = sorted(scope for scope, selector in reachable if selector == "gin.macro" and scope)
     for key, params in gin_config._CONFIG.items():
         if key in reachable or not params:
             continue
         scope, selector = key
         if selector == "gin.macro":
             raise UserError(f"Nothing uses {scope}.{_nearest(scope, used)}")
-        name = _name(scope, selector)
+        name = _scoped(scope, gin_config._REGISTRY.minimal_selector(selector))
         raise UserError(f"{name}.{next(iter(params))} has no effect: nothing in the configuration refers to @{name}.")
+    _check_types()
 
 
 def description(without: Sequence[str] = ()) -> dict[str, str]:
-    """The configuration as flat 'name: value' text, to tell one run from another.
+    """The configuration as flat 'module.name.parameter: value' text, to tell one run from another.
+
+    It does not depend on which macros and import names the gin files use.
 
     Args:
-      without: prefixes of names to leave out: what may change between two starts of one run.
+      without: patterns (`fnmatch`) of names to leave out: what may change between two starts of one run.
     """
     flat = {}
     for (scope, selector), params in gin_config._CONFIG.items():
         if selector == "gin.macro":
             continue
         for parameter, value in params.items():
-            name = f"{_name(scope, selector)}.{parameter}"
-            if not any(name.startswith(prefix) for prefix in without):
+            name = f"{_scoped(scope, _name(_function(selector)))}.{parameter}"
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in without):
                 flat[name] = repr(_without_macros(value))
     return flat
 
@@ -179,7 +190,7 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> None:
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_own_message(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -205,30 +216,97 @@ def _as_gin_value(text: str) -> str:
     return text
 
 
-def _reachable(root: Callable) -> set[tuple[str, str]]:
-    """(scope, selector) of every binding that a call of `root` would use."""
-    configurable = gin_config._INVERSE_REGISTRY.get(root)
+def _own_message(error: Exception) -> str:
+    """An error's message without the lines that gin adds about who called whom."""
+    return re.split(r"\n  (?:In call to configurable|No values supplied by Gin)", str(error))[0]
+
+
+def _function(selector: str) -> Callable:
+    return gin_config._REGISTRY.get_match(selector).wrapped
+
+
+def _name(function: Callable) -> str:
+    """'optimizers.adamw' for t5x_ssm.training.optimizers.adamw, and 'train' for t5x_ssm.train.train."""
+    module = function.__module__.rpartition(".")[2]
+    return function.__qualname__ if module == function.__qualname__ else f"{module}.{function.__qualname__}"
+
+
+def _scoped(scope: str, name: str) -> str:
+    return f"{scope}/{name}" if scope else name
+
+
+def _scopes(scope: str) -> list[str]:
+    """The scopes whose bindings a call in scope a/b uses: '', a and a/b."""
+    parts = scope.split("/") if scope else []
+    return ["/".join(parts[:depth]) for depth in range(len(parts) + 1)]
+
+
+def _reachable(root: str) -> set[tuple[str, str]]:
+    """(scope, selector) of every binding that a call of the selector `root` would use."""
     seen: set[tuple[str, str]] = set()
-    todo = [("", configurable.selector)] if configurable else []
-    visited = set()
+    todo = [("", root)]
     while todo:
-        call = todo.pop()
-        if call in visited:
-            continue
-        visited.add(call)
-        scope, selector = call
-        # A call in scope a/b uses the bindings of '', a and a/b.
-        parts = scope.split("/") if scope else []
-        for depth in range(len(parts) + 1):
-            key = ("/".join(parts[:depth]), selector)
+        scope, selector = todo.pop()
+        for outer in _scopes(scope):
+            key = (outer, selector)
+            if key in seen:
+                continue
             seen.add(key)
             for value in gin_config._CONFIG.get(key, {}).values():
-                for reference in _references(value):
-                    own, selected = reference.config_key
-                    # A scope of its own replaces the caller's; a macro's name is a scope. What is only passed on
-                    # (@name without parentheses) is called later, in no scope.
-                    todo.append((own or (scope if reference.evaluate else ""), selected))
+                todo.extend(reference.config_key for reference in _references(value))
     return seen
+
+
+def _check_required(root: str, reachable: set[tuple[str, str]]) -> None:
+    """Raises UserError where something that the configuration calls lacks a parameter without default."""
+    called = {("", root)}
+    for key in reachable:
+        for value in gin_config._CONFIG.get(key, {}).values():
+            called |= {r.config_key for r in _references(value) if r.evaluate and r.selector != "gin.macro"}
+    missing = []
+    for scope, selector in sorted(called):
+        bound = {name for outer in _scopes(scope) for name in gin_config._CONFIG.get((outer, selector), {})}
+        for name, parameter in inspect.signature(_function(selector)).parameters.items():
+            needed = parameter.default is parameter.empty and parameter.kind in (
+                parameter.KEYWORD_ONLY,
+                parameter.POSITIONAL_OR_KEYWORD,
+            )
+            if needed and name not in bound:
+                missing.append(f"{_scoped(scope, gin_config._REGISTRY.minimal_selector(selector))}.{name}")
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be set, by a gin file or by --gin.NAME=VALUE.")
+
+
+def _check_types() -> None:
+    """Raises UserError for a number, string or truth value where the parameter's annotation asks for another."""
+    for (scope, selector), params in gin_config._CONFIG.items():
+        if selector == "gin.macro":
+            continue
+        try:
+            hints = typing.get_type_hints(_function(selector))
+        except (NameError, TypeError):  # Annotations that only a type checker can resolve.
+            continue
+        for parameter, value in params.items():
+            hint = hints.get(parameter)
+            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            if not set(options) <= {int, float, str, bool, types.NoneType}:
+                continue
+            given = _without_macros(value)
+            fits = type(given) in options or (type(given) is int and float in options)
+            if not fits and not isinstance(given, gin_config.ConfigurableReference | _Reference):
+                macro = value.scoped_selector.removesuffix("/gin.macro") if value is not given else ""
+                name = _scoped(scope, gin_config._REGISTRY.minimal_selector(selector))
+                wanted = " or ".join(_TYPES[option] for option in options)
+                raise UserError(f"{macro or f'{name}.{parameter}'} = {given!r} is not {wanted}.")
+
+
+_TYPES = {int: "a whole number", float: "a number", str: "text", bool: "True or False", types.NoneType: "None"}
+
+
+class _Reference(str):
+    """How a reference is written in a description."""
+
+    __repr__ = str.__str__
 
 
 def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
@@ -238,9 +316,12 @@ def _references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
 
 
 def _without_macros(value: Any) -> Any:
-    """`value` with the macros in it replaced by what they stand for."""
-    if isinstance(value, gin_config.ConfigurableReference) and value.selector == "gin.macro":
-        return _without_macros(gin_config._CONFIG[value.config_key]["value"])
+    """`value` with the macros in it replaced by what they stand for, and other references by their names."""
+    if isinstance(value, gin_config.ConfigurableReference):
+        scope, selector = value.config_key
+        if selector == "gin.macro":
+            return _without_macros(gin_config._CONFIG[value.config_key]["value"])
+        return _Reference(f"@{_scoped(scope, _name(_function(selector)))}{'()' if value.evaluate else ''}")
     if isinstance(value, dict):
         return {k: _without_macros(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -8,6 +8,10 @@ class UserError(Exception):
     """A mistake in the configuration, the data or the run folder, explained in terms of the setting to change."""
 
 
+class DataError(UserError, ValueError):
+    """Training data that cannot be found, read or followed as configured."""
+
+
 class RunFolderError(UserError):
     """The run folder (`MODEL_DIR`) belongs to another configuration, or cannot be used."""
 

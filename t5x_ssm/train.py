@@ -19,8 +19,9 @@ import numpy as np
 
 from t5x_ssm import config as config_lib
 from t5x_ssm.data import feed as feed_lib
+from t5x_ssm.errors import CheckpointError, UserError
 from t5x_ssm.parallel import mesh as mesh_lib
-from t5x_ssm.training import checkpoints, run_folder
+from t5x_ssm.training import checkpoints, preemption, run_folder
 from t5x_ssm.training import trainer as trainer_lib
 from t5x_ssm.training.metrics import MetricsLog
 from t5x_ssm.training.optimizers import Optimizer
@@ -29,19 +30,19 @@ from t5x_ssm.training.sharded_state import parameter_table
 # What may differ between two starts of one run: how long, how often, where; not what is learnt.
 NOT_PART_OF_A_RUN = (
     "train.total_steps",
+    "schedules.*.total_steps",
     "train.model_dir",
-    "train.eval",
-    "train.checkpoint_cfg",
-    "train.trainer",
-    "train.mesh",
-    "checkpoints.",
-    "trainer.TrainerConfig.log",
-    "trainer.TrainerConfig.profile",
-    "trainer.TrainerConfig.max",
+    "train.eval_*",
+    "train.train_eval_dataset_cfg",
+    "train_eval/*",
+    "checkpoints.*",
+    "feed.DatasetConfig.cache_dir",
+    "*/feed.DatasetConfig.cache_dir",
+    "mesh.MeshConfig.*",
+    "trainer.TrainerConfig.log_period",
+    "trainer.TrainerConfig.max_skipped_in_a_row",
+    "trainer.TrainerConfig.profile_*",
     "trainer.TrainerConfig.tensorboard",
-    "MeshConfig",
-    "train_eval/",
-    "schedules.",
 )
 
 
@@ -80,79 +81,84 @@ def train(
       The exit status, 0.
     """
     use_compilation_cache()
+    check_counts(total_steps, eval_steps, eval_period)
     folder = pathlib.Path(model_dir)
     main = jax.process_index() == 0
     device_mesh = mesh_lib.make_mesh(mesh)
-    run_folder.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
-
-    feed = feed_lib.open_feed(
-        train_dataset_cfg, process_index=jax.process_index(), process_count=jax.process_count(), seed=random_seed
-    )
-    feed_lib.check_vocabulary(feed.vocabulary, embedding_size=model.network.vocab_size)
-    run = trainer_lib.Trainer(
-        model, optimizer, device_mesh, batch_shapes(train_dataset_cfg), seed=random_seed, config=trainer
-    )
-    evaluations = []
-    if train_eval_dataset_cfg is not None:
-        evaluations = evaluations_of(train_eval_dataset_cfg, eval_steps)
-
-    checkpointer = checkpoints.Checkpointer(folder, checkpoint_cfg.save)
-    loop = trainer_lib.LoopState()
-    restored = checkpointer.restore(run.abstract_state.to_tree())
-    if restored is not None:
-        feed_lib.check_vocabulary(feed.vocabulary, expected_hash=restored.metadata["vocabulary"]["hash"])
-        state = run.abstract_state.from_tree(restored.tree)
-        feed.restore(restored.dataset_state)
-        loop.restore(restored.metadata["loop"])
-        first_step = restored.step
-    else:
-        state = run.initial_state()
-        first_step = 0
-        if checkpoint_cfg.restore.path:
-            parameters = checkpoints.restore_parameters(
-                checkpoint_cfg.restore, run.abstract_state.params, initial_params=state.params
-            )
-            state = state.replace(params=parameters.params)
-
-    if main:
-        write_summary(folder, run, optimizer)
-    log = None
-    if main:
-        events = folder if trainer.tensorboard else None
-        log = MetricsLog(folder / "metrics.jsonl", resume_step=first_step, tensorboard_dir=events)
-    if first_step:
-        logging.info("Continuing %s from step %d of %d.", folder, first_step, total_steps)
-
-    def save(step, state, dataset_state, loop_state):
-        metadata = {
-            "loop": loop_state,
-            "vocabulary": feed.vocabulary,
-            "mesh": dict(device_mesh.shape),
-            "jax": jax.__version__,
-        }
-        checkpointer.save(step, state.to_tree(), dataset_state, metadata)
-
-    try:
-        state, step, stopped_by = trainer_lib.fit(
-            run,
-            state,
-            feed,
-            loop,
-            first_step=first_step,
-            total_steps=total_steps,
-            model_dir=folder,
-            log=log,
-            save=save,
-            save_due=checkpointer.due,
-            evaluations=evaluations,
-            eval_period=eval_period,
-            bytes_per_token=getattr(feed, "bytes_per_token", None),
+    with preemption.StopRequest() as stop, run_folder.locked(folder):
+        run_folder.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
+        feed = feed_lib.open_feed(
+            train_dataset_cfg, process_index=jax.process_index(), process_count=jax.process_count(), seed=random_seed
         )
-    finally:
-        feed.close()
-        checkpointer.close()
-        if log is not None:
-            log.close()
+        feed_lib.check_vocabulary(feed.vocabulary, embedding_size=model.network.vocab_size)
+        run = trainer_lib.Trainer(
+            model, optimizer, device_mesh, batch_shapes(train_dataset_cfg), seed=random_seed, config=trainer
+        )
+        evaluations = []
+        if train_eval_dataset_cfg is not None:
+            trainer_lib.check_batch(batch_shapes(train_eval_dataset_cfg), device_mesh, 1)
+            evaluations = evaluations_of(train_eval_dataset_cfg, eval_steps, feed.vocabulary)
+
+        checkpointer = checkpoints.Checkpointer(folder, checkpoint_cfg.save)
+        loop = trainer_lib.LoopState()
+        restored = checkpointer.restore(run.abstract_state.to_tree())
+        if restored is not None:
+            feed_lib.check_vocabulary(feed.vocabulary, expected_hash=restored.metadata["vocabulary"]["hash"])
+            state = run.abstract_state.from_tree(restored.tree)
+            feed.restore(data_position(feed, restored))
+            loop.restore(restored.metadata["loop"])
+            first_step = restored.step
+        else:
+            state = run.initial_state()
+            first_step = 0
+            if checkpoint_cfg.restore.path:
+                parameters = checkpoints.restore_parameters(
+                    checkpoint_cfg.restore, run.abstract_state.params, initial_params=state.params
+                )
+                state = state.replace(params=parameters.params)
+
+        if main:
+            write_summary(folder, run, optimizer)
+        if first_step:
+            logging.info("Continuing %s from step %d of %d.", folder, first_step, total_steps)
+        log = None
+        if main:
+            events = folder if trainer.tensorboard else None
+            log = MetricsLog(folder / "metrics.jsonl", resume_step=first_step, tensorboard_dir=events)
+
+        def save(step, state, dataset_state, loop_state):
+            metadata = {
+                "loop": loop_state,
+                "vocabulary": feed.vocabulary,
+                "mesh": dict(device_mesh.shape),
+                "jax": jax.__version__,
+            }
+            checkpointer.save(step, state.to_tree(), dataset_state, metadata)
+
+        try:
+            state, step, stopped_by = trainer_lib.fit(
+                run,
+                state,
+                feed,
+                loop,
+                first_step=first_step,
+                total_steps=total_steps,
+                model_dir=folder,
+                log=log,
+                save=save,
+                save_due=checkpointer.due,
+                evaluations=evaluations,
+                eval_period=eval_period,
+                bytes_per_token=getattr(feed, "bytes_per_token", None),
+                check_saves=checkpointer.check,
+                stop=stop,
+            )
+            checkpointer.wait()
+        finally:
+            feed.close()
+            if log is not None:
+                log.close()
+            close_quietly(checkpointer)
     if stopped_by:
         logging.info("%s at step %d: saved. Start the same command again to go on from there.", stopped_by, step)
     elif step > first_step:
@@ -160,6 +166,36 @@ def train(
     else:
         logging.info("%s has already reached step %d of %d; nothing to do.", folder, step, total_steps)
     return 0
+
+
+def check_counts(total_steps: int, eval_steps: int | None, eval_period: int) -> None:
+    """Raises UserError for counts that no run can have."""
+    for name, value, least in (("TRAIN_STEPS", total_steps, 1), ("EVAL_PERIOD", eval_period, 0)):
+        if value < least:
+            raise UserError(f"{name} = {value}; it must be at least {least}.")
+    if eval_steps is not None and eval_steps < 1:
+        raise UserError(f"EVAL_STEPS = {eval_steps}; it must be at least 1, or None for the whole split.")
+
+
+def data_position(feed: Any, restored: checkpoints.Restored) -> dict[str, Any]:
+    """The position in the data that a checkpoint goes on from."""
+    if restored.dataset_state is not None:
+        return restored.dataset_state
+    if feed.identity["kind"] == "indexed":  # Of these the step says everything.
+        return {**feed.identity, "step": restored.step}
+    raise UserError(
+        f"The checkpoint of step {restored.step} was saved without its position in the data "
+        "(SaveCheckpointConfig.save_dataset=False), and a live seqio pipeline cannot go on without. Start a new run from "
+        "its parameters (RestoreCheckpointConfig.path), or train from the token cache (DatasetConfig.source='cache')."
+    )
+
+
+def close_quietly(checkpointer: checkpoints.Checkpointer) -> None:
+    """Closes without hiding the error, if any, that ended training."""
+    try:
+        checkpointer.close()
+    except CheckpointError as e:
+        logging.error("%s", e)
 
 
 def batch_shapes(cfg: feed_lib.DatasetConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -171,11 +207,18 @@ def batch_shapes(cfg: feed_lib.DatasetConfig) -> dict[str, jax.ShapeDtypeStruct]
     return {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
 
 
-def evaluations_of(cfg: feed_lib.DatasetConfig, eval_steps: int | None) -> list[trainer_lib.Evaluation]:
-    """The held-out tasks of `cfg`, each limited to `eval_steps` batches."""
+def evaluations_of(
+    cfg: feed_lib.DatasetConfig, eval_steps: int | None, vocabulary: dict[str, Any]
+) -> list[trainer_lib.Evaluation]:
+    """The held-out tasks of `cfg`, of the training data's vocabulary, each limited to `eval_steps` batches."""
     held_out = feed_lib.open_evaluation(cfg, process_index=jax.process_index(), process_count=jax.process_count())
     evaluations = []
     for task, task_feed in held_out.items():
+        if task_feed.vocabulary["hash"] != vocabulary["hash"]:
+            raise UserError(
+                f"The held-out task {task} has another vocabulary ({task_feed.vocabulary['name']}) than the training data "
+                f"({vocabulary['name']}); evaluate on a task of the same one (train_eval/DatasetConfig)."
+            )
         count = min(len(task_feed), eval_steps or len(task_feed))
         batches = functools.partial(itertools.islice, task_feed, count)
         bytes_per_token = task_feed.num_bytes(count) / task_feed.num_tokens(count)

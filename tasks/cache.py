@@ -47,6 +47,10 @@ DATA_FILES = ("tokens.bin", "offsets.npy", "bytes.npy")
 _STALE_SECONDS = 24 * 3600
 
 
+class CacheError(ValueError):
+    """A task or mixture that is unknown or cannot be cached, or a damaged cache; the message is for the user."""
+
+
 def default_cache_dir() -> pathlib.Path:
     """$T5X_SSM_CACHE_DIR, else t5x_ssm in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
     if own := os.environ.get("T5X_SSM_CACHE_DIR"):
@@ -63,7 +67,7 @@ def find(name: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path 
       The path of its mixture file (DIR/NAME/FINGERPRINT.json).
 
     Raises:
-      ValueError: if that file cannot be read.
+      CacheError: if that file cannot be read.
     """
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     paths = (cache_dir / name).glob("*.json")
@@ -92,7 +96,7 @@ def build(
       The path of the mixture file.
 
     Raises:
-      ValueError: for an unknown name (with the nearest ones), other features, a rate that is not positive, tasks of
+      CacheError: for an unknown name (with the nearest ones), other features, a rate that is not positive, tasks of
         different vocabularies, or tokens outside the vocabulary; or if an existing cache is damaged.
     """
     from tasks import vocabularies
@@ -104,16 +108,16 @@ def build(
     for task in tasks:
         rate = float(provider.get_rate(task)) if len(tasks) > 1 or provider is not task else 1.0
         if not 0 < rate < float("inf"):
-            raise ValueError(f"Task {task.name!r} has rate {rate} in mixture {name!r}; a rate must be positive.")
+            raise CacheError(f"Task {task.name!r} has rate {rate} in mixture {name!r}; a rate must be positive.")
         if set(task.output_features) != {FEATURE}:
-            raise ValueError(
+            raise CacheError(
                 f"Task {task.name!r} has the features {sorted(task.output_features)}; the token cache holds language-"
                 f"model tasks, whose only feature is {FEATURE!r}. Train on it with DatasetConfig.source='seqio'."
             )
         found = vocabularies.describe(task.output_features[FEATURE].vocabulary)
         vocabulary = vocabulary or found
         if found["hash"] != vocabulary["hash"]:
-            raise ValueError(
+            raise CacheError(
                 f"The tasks of mixture {name!r} differ in their vocabularies: {tasks[0].name!r} has {vocabulary}, "
                 f"{task.name!r} has {found}."
             )
@@ -137,7 +141,7 @@ def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | 
     """The seqio task or mixture of that name, after importing the modules that may register it.
 
     Raises:
-      ValueError: if there is none, with the nearest names; or if a module cannot be imported.
+      CacheError: if there is none, with the nearest names; or if a module cannot be imported.
     """
     import difflib
 
@@ -147,14 +151,14 @@ def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | 
         try:
             imported = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise ValueError(f"Cannot import {module!r}, which should register {name!r}: {error}.") from error
+            raise CacheError(f"Cannot import {module!r}, which should register {name!r}: {error}.") from error
         if module == "tasks":
             imported.register()
     names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"The nearest names: {', '.join(near)}." if near else f"Registered: {', '.join(sorted(names))}."
-        raise ValueError(
+        raise CacheError(
             f"No task or mixture is named {name!r}. {hint} A task of yours is registered by importing its module "
             "(DatasetConfig.module)."
         )
@@ -162,12 +166,12 @@ def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | 
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a mixture file or a manifest; ValueError, with its name, if it is missing or broken."""
+    """Reads a mixture file or a manifest; CacheError, with its name, if it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         made_whole = path.parent.parent if path.name == "manifest.json" else path
-        raise ValueError(f"The token cache file {path} cannot be read: {error}. {_repair(made_whole)}") from error
+        raise CacheError(f"The token cache file {path} cannot be read: {error}. {_repair(made_whole)}") from error
 
 
 def check(directory: pathlib.Path, *, checksums: bool = False) -> dict[str, Any]:
@@ -178,20 +182,20 @@ def check(directory: pathlib.Path, *, checksums: bool = False) -> dict[str, Any]
       checksums: also reads every file and compares its SHA-256; sizes are always compared.
 
     Raises:
-      ValueError: naming the missing, truncated or altered file.
+      CacheError: naming the missing, truncated or altered file.
     """
     manifest = read_json(directory / "manifest.json")
     repair = _repair(directory.parent)
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{directory} has the cache format {manifest.get('format')}, not {FORMAT}. {repair}")
+        raise CacheError(f"{directory} has the cache format {manifest.get('format')}, not {FORMAT}. {repair}")
     for name, expected in manifest["files"].items():
         path = directory / name
         if not path.is_file():
-            raise ValueError(f"The token cache file {path} is missing. {repair}")
+            raise CacheError(f"The token cache file {path} is missing. {repair}")
         if (size := path.stat().st_size) != expected["size"]:
-            raise ValueError(f"The token cache file {path} has {size} bytes instead of {expected['size']}. {repair}")
+            raise CacheError(f"The token cache file {path} has {size} bytes instead of {expected['size']}. {repair}")
         if checksums and _sha256(path) != expected["sha256"]:
-            raise ValueError(f"The token cache file {path} does not have its recorded checksum. {repair}")
+            raise CacheError(f"The token cache file {path} does not have its recorded checksum. {repair}")
     return manifest
 
 
@@ -262,7 +266,7 @@ def _write_split(task: "seqio.Task", split: str, directory: pathlib.Path, identi
     with open(directory / "tokens.bin", "wb") as file:
         for tokens, byte_length in _documents(task, split):
             if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary["size"]:
-                raise ValueError(
+                raise CacheError(
                     f"Document {len(lengths)} of {task.name!r}, split {split!r}, has token ids from {tokens.min()} to "
                     f"{tokens.max()}, outside its vocabulary of {vocabulary['size']}."
                 )

@@ -9,6 +9,7 @@ An evaluation feed ends: it holds each token of a split once, in order, and know
 for, so that bits per byte = nats / ln 2 / bytes.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -23,6 +24,7 @@ import numpy as np
 from t5x_ssm.data import sources
 from t5x_ssm.data.prefetch import PrefetchedFeed, Prefetcher
 from t5x_ssm.data.sources import Batch
+from t5x_ssm.errors import DataError
 from tasks import cache
 
 logger = logging.getLogger(__name__)
@@ -85,7 +87,7 @@ def open_feed(
         a process that still finds none (its machine has its own disk) makes one as well.
 
     Raises:
-      ValueError: for settings that cannot be followed, an unknown task or split, or a damaged cache; the message
+      DataError: for settings that cannot be followed, an unknown task or split, or a damaged cache; the message
         names the setting or the file.
     """
     check_config(config, process_count)
@@ -93,8 +95,12 @@ def open_feed(
     if config.source == "seqio":
         from t5x_ssm.data.live import LiveFeed
 
-        return LiveFeed(config, process_index=process_index, process_count=process_count, seed=seed, prefetch=prefetch)
-    mixture = _open_cache(config, process_index, process_count, barrier)
+        with _for_the_user():
+            return LiveFeed(
+                config, process_index=process_index, process_count=process_count, seed=seed, prefetch=prefetch
+            )
+    with _for_the_user():
+        mixture = _open_cache(config, process_index, process_count, barrier)
     return IndexedFeed(
         mixture, config, process_index=process_index, process_count=process_count, seed=seed, prefetch=prefetch
     )
@@ -114,12 +120,13 @@ def open_evaluation(
     """
     check_config(config, process_count)
     if config.source != "cache":
-        raise ValueError(
+        raise DataError(
             "Evaluation reads the token cache, which knows exact byte counts: set DatasetConfig.source='cache'."
         )
     if config.shuffle:
-        raise ValueError("Evaluation reads a split once and in order: set DatasetConfig.shuffle=False for it.")
-    mixture = _open_cache(config, process_index, process_count, barrier)
+        raise DataError("Evaluation reads a split once and in order: set DatasetConfig.shuffle=False for it.")
+    with _for_the_user():
+        mixture = _open_cache(config, process_index, process_count, barrier)
     return {
         stream.task: EvaluationFeed(
             stream,
@@ -132,6 +139,15 @@ def open_evaluation(
         )
         for stream in mixture.streams
     }
+
+
+@contextlib.contextmanager
+def _for_the_user() -> Iterator[None]:
+    """`tasks` knows nothing of this package; its errors become ours here."""
+    try:
+        yield
+    except cache.CacheError as error:
+        raise DataError(str(error)) from error
 
 
 class IndexedFeed(PrefetchedFeed):
@@ -217,7 +233,7 @@ class EvaluationFeed:
         process_count: int = 1,
     ):
         if len(stream) == 0:
-            raise ValueError(f"{stream.task!r} has no tokens in this split; there is nothing to evaluate.")
+            raise DataError(f"{stream.task!r} has no tokens in this split; there is nothing to evaluate.")
         self.task = stream.task
         self.vocabulary = vocabulary
         self._stream, self._length, self._segments = stream, length, segments
@@ -250,27 +266,31 @@ class EvaluationFeed:
 
 
 def check_config(config: DatasetConfig, process_count: int) -> None:
-    """Raises ValueError, naming the setting, where a configuration cannot be followed."""
+    """Raises DataError, naming the setting, where a configuration cannot be followed."""
+    if not isinstance(config.task_feature_lengths, Mapping):
+        raise DataError(
+            f"TASK_FEATURE_LENGTHS must be written {{'{TARGETS}': 512}}, but it is {config.task_feature_lengths!r}."
+        )
     lengths = dict(config.task_feature_lengths)
     if TARGETS not in lengths:
-        raise ValueError(f"TASK_FEATURE_LENGTHS must have a length for {TARGETS!r}, but it is {lengths}.")
+        raise DataError(f"TASK_FEATURE_LENGTHS must have a length for {TARGETS!r}, but it is {lengths}.")
     for feature, length in lengths.items():
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise ValueError(f"TASK_FEATURE_LENGTHS[{feature!r}] must be a positive integer, but it is {length!r}.")
+            raise DataError(f"TASK_FEATURE_LENGTHS[{feature!r}] must be a positive integer, but it is {length!r}.")
     if config.batch_size < 1 or config.batch_size % process_count:
-        raise ValueError(
+        raise DataError(
             f"BATCH_SIZE must be a positive multiple of the number of processes ({process_count}), but it is "
             f"{config.batch_size}."
         )
     if config.source not in ("cache", "seqio"):
-        raise ValueError(f"DatasetConfig.source must be 'cache' or 'seqio', but it is {config.source!r}.")
+        raise DataError(f"DatasetConfig.source must be 'cache' or 'seqio', but it is {config.source!r}.")
     if config.source == "cache" and len(lengths) > 1:
-        raise ValueError(
+        raise DataError(
             f"The token cache has only the feature {TARGETS!r}, but TASK_FEATURE_LENGTHS is {lengths}. Leave out the "
             "others, or set DatasetConfig.source='seqio'."
         )
     if config.source == "cache" and config.use_cached:
-        raise ValueError(
+        raise DataError(
             "USE_CACHED_TASKS (DatasetConfig.use_cached) means seqio's offline cache, which only source='seqio' reads. "
             "Set it to False: the token cache is used, and made when it is missing."
         )
@@ -279,7 +299,7 @@ def check_config(config: DatasetConfig, process_count: int) -> None:
 def check_vocabulary(
     vocabulary: Mapping[str, Any], *, embedding_size: int | None = None, expected_hash: str | None = None
 ) -> None:
-    """Raises ValueError if data of this vocabulary does not fit a model or a checkpoint.
+    """Raises DataError if data of this vocabulary does not fit a model or a checkpoint.
 
     Args:
       vocabulary: a feed's `vocabulary`.
@@ -288,9 +308,9 @@ def check_vocabulary(
     """
     what = f"The data's vocabulary ({vocabulary['name']}, {vocabulary['size']} ids)"
     if embedding_size is not None and vocabulary["size"] > embedding_size:
-        raise ValueError(f"{what} has more ids than the model's vocabulary size {embedding_size}; raise the latter.")
+        raise DataError(f"{what} has more ids than the model's vocabulary size {embedding_size}; raise the latter.")
     if expected_hash is not None and vocabulary["hash"] != expected_hash:
-        raise ValueError(
+        raise DataError(
             f"{what} is not the one that the checkpoint was trained with (hash {vocabulary['hash']}, expected "
             f"{expected_hash}): its token ids would mean other text. Use the task's original vocabulary."
         )
@@ -336,6 +356,6 @@ def _make_cache(name: str, cache_dir: pathlib.Path, module: str | None) -> pathl
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         if lines and lines[-1].startswith("tasks.cache: "):
-            raise ValueError(lines[-1].removeprefix("tasks.cache: "))
+            raise DataError(lines[-1].removeprefix("tasks.cache: "))
         raise RuntimeError(f"Making the token cache of {name} failed:\n{done.stderr}")
     return pathlib.Path(done.stdout.strip().splitlines()[-1])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from t5x_ssm.data.prefetch import PrefetchedFeed, Prefetcher
+from t5x_ssm.errors import DataError
 from tasks import cache, vocabularies
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ class LiveFeed(PrefetchedFeed):
         provider = cache.registered(name, ["tasks", config.module] if config.module else ["tasks"])
         lengths = dict(config.task_feature_lengths)
         for feature in sorted(set(lengths) ^ set(provider.output_features)):
-            raise ValueError(
+            raise DataError(
                 f"TASK_FEATURE_LENGTHS has {sorted(lengths)}, but the features of {name!r} are "
                 f"{sorted(provider.output_features)}: {feature!r} is in one of them only."
             )
         if config.split not in provider.splits:
-            raise ValueError(f"{name!r} has no split {config.split!r}; it has {', '.join(sorted(provider.splits))}.")
+            raise DataError(f"{name!r} has no split {config.split!r}; it has {', '.join(sorted(provider.splits))}.")
         self._config, self._lengths = config, lengths
         self._shard, self._seed = seqio.ShardInfo(process_index, process_count), seed
         identity = {
@@ -87,7 +88,7 @@ class LiveFeed(PrefetchedFeed):
     def restore(self, state: Mapping[str, Any]) -> None:
         saved, now = state.get("process_count"), self.identity["process_count"]
         if state.get("kind") == "seqio" and saved != now:
-            raise ValueError(
+            raise DataError(
                 f"A live seqio pipeline goes on only with as many processes as it was saved with ({saved}, now {now}). "
                 "Start that many, or train from the token cache (DatasetConfig.source='cache'), which does not mind."
             )

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from t5x_ssm.errors import DataError
+
 T = TypeVar("T")
 
 
@@ -107,7 +109,7 @@ class PrefetchedFeed(abc.ABC):
 
     @abc.abstractmethod
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position that `state()` gave; ValueError if it belongs to other data or settings."""
+        """Goes to a position that `state()` gave; DataError if it belongs to other data or settings."""
 
     def close(self) -> None:
         """Ends the background thread. The feed may be used again; it goes on with the same batch."""
@@ -136,7 +138,7 @@ class PrefetchedFeed(abc.ABC):
         differing = [name for name in self.identity if state.get(name) != self.identity[name]]
         if differing:
             details = "; ".join(f"{n}: saved {state.get(n)!r}, now {self.identity[n]!r}" for n in differing)
-            raise ValueError(
+            raise DataError(
                 f"The saved data position belongs to another data configuration ({details}). Set these back to go on "
                 "with this run, or start one in a new MODEL_DIR."
             )

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from t5x_ssm.errors import DataError
 from tasks import cache
 
 Batch = dict[str, np.ndarray]
@@ -50,7 +51,7 @@ class TokenStream:
         self.offsets = np.load(directory / "offsets.npy", mmap_mode="r")
         self.byte_lengths = np.load(directory / "bytes.npy", mmap_mode="r")
         if self.tokens.size != manifest["tokens"] or self.offsets[-1] != self.tokens.size:
-            raise ValueError(
+            raise DataError(
                 f"The files of the token cache {directory} contradict each other; remove {directory.parent}."
             )
 
@@ -125,7 +126,7 @@ class WindowSource:
     def __init__(self, stream: TokenStream, length: int, *, segments: bool = True):
         self.stream, self.length, self.segments = stream, length, segments
         if len(self) == 0:
-            raise ValueError(
+            raise DataError(
                 f"{stream.task!r} has {len(stream):,} tokens, fewer than one window of task_feature_lengths"
                 f"['targets'] = {length:,}."
             )
@@ -167,7 +168,7 @@ class CachedMixture:
             directory = cache_dir / component["directory"]
             splits = sorted(p.parent.name for p in directory.glob("*/manifest.json"))
             if splits and split not in splits:
-                raise ValueError(f"{component['task']!r} has no split {split!r}; it has {', '.join(splits)}.")
+                raise DataError(f"{component['task']!r} has no split {split!r}; it has {', '.join(splits)}.")
             self.streams.append(TokenStream(directory / split, checksums=checksums))
 
     @property
@@ -189,7 +190,7 @@ class ProportionalSchedule(grain.transforms.DatasetSelectionMap):
     def __init__(self, rates: Sequence[float]):
         """Rates are relative; each must be positive."""
         if not rates or not all(0 < rate < float("inf") for rate in rates):
-            raise ValueError(f"The rates of a mixture must be positive, but they are {list(rates)}.")
+            raise DataError(f"The rates of a mixture must be positive, but they are {list(rates)}.")
         # A float means the decimal that it prints as: 0.1 is one tenth.
         order = itertools.count()
         heap = [(fractions.Fraction(str(rate)), next(order), i) for i, rate in enumerate(rates)]

@@ -2,6 +2,7 @@
 
     MODEL_DIR/
       run.json                  the settings that define the run, written at its start
+      run.lock                  locked by the process that trains here; says which it is
       checkpoint_<step>/        whole checkpoints; a folder gets this name when all of it is on disk
         state/ dataset/ metadata/
       checkpoint_<step>.orbax-checkpoint-tmp/   one being written, or what a killed run left of it
@@ -10,10 +11,15 @@
 Folders may be local, or in any store that `etils.epath` and Orbax reach.
 """
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
 
+import jax
 from absl import logging
 from etils import epath
 from orbax.checkpoint.path import step as orbax_step
@@ -24,7 +30,10 @@ from t5x_ssm.training import consensus
 CHECKPOINT_PREFIX = "checkpoint"
 STEP_FORMAT = orbax_step.standard_name_format(step_prefix=CHECKPOINT_PREFIX)
 _RUN_FILE = "run.json"
+_LOCK_FILE = "run.lock"
 _BAD = "bad"
+# A process that was killed a moment ago may not be quite gone.
+_LOCK_SECONDS = 5.0
 _ROWS = 20
 
 
@@ -38,6 +47,62 @@ def make(model_dir: epath.PathLike) -> None:
             raise RunFolderError(f"MODEL_DIR={model_dir} cannot be used as a run folder: {e}") from e
 
     consensus.ask_first(mkdir)
+
+
+@contextlib.contextmanager
+def locked(model_dir: epath.PathLike) -> Iterator[None]:
+    """Keeps other processes of this machine, and of others where the file system knows locks, from training in a folder.
+
+    The operating system releases the lock when the process ends, however it ends. Process 0 holds it; a store without
+    locks (`gs://`) is left unguarded.
+
+    Raises:
+      RunFolderError: another process holds it, or the folder cannot be used.
+    """
+    make(model_dir)
+    path = epath.Path(model_dir) / _LOCK_FILE
+    local = jax.process_index() == 0 and "://" not in os.fspath(path)
+    file = consensus.succeed_together(lambda: _lock(path) if local else None)
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def _lock(path: epath.Path) -> int | None:
+    """An open, locked file descriptor; None where the file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+        raise RunFolderError(f"MODEL_DIR={path.parent} cannot be used as a run folder: {e}") from e
+    give_up = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EAGAIN, errno.EACCES):
+                if time.monotonic() < give_up:
+                    time.sleep(0.05)
+                    continue
+                holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
+                os.close(file)
+                raise RunFolderError(
+                    f"Another process trains in MODEL_DIR={path.parent} ({holder or 'unknown'}). Two would spoil each "
+                    "other's checkpoints: wait until it ends, or choose another MODEL_DIR."
+                ) from None
+            logging.warning(
+                "MODEL_DIR=%s cannot be locked (%s): make sure no other process trains there.", path.parent, e
+            )
+            os.close(file)
+            return None
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return file
 
 
 def checkpoint_path(model_dir: epath.PathLike, step: int) -> epath.Path:

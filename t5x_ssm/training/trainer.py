@@ -4,6 +4,7 @@ What the loop itself remembers between steps (the open window of metrics, how ma
 data stands) is saved with every checkpoint, so that a run killed anywhere continues as if nothing had happened.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -180,6 +181,8 @@ def fit(
     evaluations: Iterable[Evaluation] = (),
     eval_period: int = 0,
     bytes_per_token: float | None = None,
+    check_saves: Callable[[], None] = lambda: None,
+    stop: StopRequest | None = None,
 ) -> tuple[TrainState, int, str]:
     """Trains from `first_step` to `total_steps`, or until asked to stop.
 
@@ -200,6 +203,8 @@ def fit(
       evaluations: held-out sets.
       eval_period: steps between evaluations; 0 evaluates only at the end.
       bytes_per_token: of the training text.
+      check_saves: called at every step; raises when a save in the background has failed.
+      stop: the request to stop, already entered where start-up and the last save should be covered as well.
 
     Returns:
       (state, step, reason): reason is '' at the end of training, or the name of the signal that ended it early.
@@ -227,7 +232,9 @@ def fit(
                 if log is not None:
                     log.write(at, line)
 
-    with StopRequest() as stop, jax.set_mesh(trainer.mesh):
+    with contextlib.ExitStack() as context:
+        context.enter_context(jax.set_mesh(trainer.mesh))
+        stop = stop or context.enter_context(StopRequest())
         try:
             mark = time.perf_counter()
             while step < total_steps:
@@ -239,6 +246,8 @@ def fit(
                 waited = time.perf_counter() - began
                 state, metrics = trainer.train_step(state, trainer.to_device(batch))
                 step += 1
+                stop.hold()  # Until here nothing would be lost, and compiling may take longer than a request can wait.
+                check_saves()
                 now = time.perf_counter()
                 times = {"step": now - mark, "data": waited}
                 mark = now
@@ -265,7 +274,7 @@ def fit(
                     save(step, state, feed.state(), loop.state())
                     mark = time.perf_counter()
                 if stopping and not ends:
-                    return state, step, stop.signal_name
+                    return state, step, stop.signal_name or "A request to another process"
         finally:
             if profiling:
                 jax.profiler.stop_trace()
