@@ -126,11 +126,12 @@ def training_root() -> tuple[Callable, ...]:
     return (train,) if train in gin_config._INVERSE_REGISTRY else ()
 
 
-def check(root: Callable) -> None:
-    """Checks that the configuration is complete, well typed, and used by `root` in all its parts.
+def check(root: Callable, *more_roots: Callable) -> None:
+    """Checks that the configuration is complete for `root`, well typed, and used in all its parts.
 
     Args:
       root: the configured function that the program will call.
+      more_roots: functions whose bindings may stand in the configuration, though the program does not call them.
 
     Raises:
       UserError: a value that still must be given, one of the wrong type, or bindings that have no effect.
@@ -149,7 +150,9 @@ def check(root: Callable) -> None:
     if undefined:
         flags = " ".join(f"--gin.{name}=…" for name in undefined)
         raise UserError(f"{', '.join(undefined)} must be set: {flags}")
-    _check_required(configurable.selector, reachable)
+    _check_required(configurable.selector)
+    for other in more_roots:
+        reachable |= _reachable(gin_config._INVERSE_REGISTRY[other].selector)
     used = sorted(scope for scope, selector in reachable if selector == "gin.macro" and scope)
     for key, params in gin_config._CONFIG.items():
         if key in reachable or not params:
@@ -241,28 +244,35 @@ def _scopes(scope: str) -> list[str]:
     return ["/".join(parts[:depth]) for depth in range(len(parts) + 1)]
 
 
+def _calls(root: str) -> dict[tuple[str, str], bool]:
+    """(scope, selector) of all that a call of the selector `root` reaches, macros included; and whether it calls it."""
+    found: dict[tuple[str, str], bool] = {}
+    todo = [(("", root), True)]
+    while todo:
+        call, called = todo.pop()
+        if found.get(call, False) or (call in found and not called):
+            continue
+        found[call] = called
+        scope, selector = call
+        for outer in _scopes(scope):
+            for value in gin_config._CONFIG.get((outer, selector), {}).values():
+                for reference in _references(value):
+                    own, selected = reference.config_key
+                    # A scope of its own replaces the caller's, and a macro's name is a scope. What is only passed on
+                    # (@name without parentheses) is called later, in no scope.
+                    inherited = scope if reference.evaluate else ""
+                    todo.append(((own or inherited, selected), reference.evaluate))
+    return found
+
+
 def _reachable(root: str) -> set[tuple[str, str]]:
     """(scope, selector) of every binding that a call of the selector `root` would use."""
-    seen: set[tuple[str, str]] = set()
-    todo = [("", root)]
-    while todo:
-        scope, selector = todo.pop()
-        for outer in _scopes(scope):
-            key = (outer, selector)
-            if key in seen:
-                continue
-            seen.add(key)
-            for value in gin_config._CONFIG.get(key, {}).values():
-                todo.extend(reference.config_key for reference in _references(value))
-    return seen
+    return {(outer, selector) for scope, selector in _calls(root) for outer in _scopes(scope)}
 
 
-def _check_required(root: str, reachable: set[tuple[str, str]]) -> None:
+def _check_required(root: str) -> None:
     """Raises UserError where something that the configuration calls lacks a parameter without default."""
-    called = {("", root)}
-    for key in reachable:
-        for value in gin_config._CONFIG.get(key, {}).values():
-            called |= {r.config_key for r in _references(value) if r.evaluate and r.selector != "gin.macro"}
+    called = [call for call, is_called in _calls(root).items() if is_called and call[1] != "gin.macro"]
     missing = []
     for scope, selector in sorted(called):
         bound = {name for outer in _scopes(scope) for name in gin_config._CONFIG.get((outer, selector), {})}

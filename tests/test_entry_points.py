@@ -1,0 +1,98 @@
+"""A run folder is all that evaluation and generation need: trains a tiny model, then uses it from its folder alone."""
+
+import json
+import math
+
+import pytest
+
+from t5x_ssm import eval as evaluation
+from t5x_ssm import generate, train
+from t5x_ssm.errors import UserError
+from t5x_ssm.training.metrics import history
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    settings = {
+        "MODEL_DIR": folder,
+        "MIXTURE_OR_TASK_NAME": "embedded_books",
+        "TASK_FEATURE_LENGTHS": {"targets": LENGTH},
+        "BATCH_SIZE": 4,
+        "TRAIN_STEPS": 12,
+        "WARMUP_STEPS": 2,
+        "EVAL_STEPS": 2,
+        "decoder.Decoder.embed_dim": 16,
+        "decoder.Decoder.num_layers": 1,
+        "gss.GSS.state_size": 4,
+        "trainer.TrainerConfig.log_period": 4,
+        "trainer.TrainerConfig.profile_at_step": 6,
+        "trainer.TrainerConfig.profile_steps": 1,
+    }
+    assert (
+        train.main(["--gin_file=quickstart.gin", *(f"--gin.{name}={value}" for name, value in settings.items())]) == 0
+    )
+    return folder
+
+
+@pytest.mark.slow
+def test_training_leaves_a_complete_run_folder(run_folder):
+    names = {path.name for path in run_folder.iterdir()}
+    assert {"checkpoint_12", "config.gin", "model-info.txt", "metrics.jsonl", "run.json", "profile"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    items = {path.name for path in (run_folder / "checkpoint_12").iterdir()}
+    assert {"state", "dataset", "metadata"} <= items
+    info = (run_folder / "model-info.txt").read_text()
+    assert "decoder/segment_0/block_0/mixer/ssm/c_re" in info
+    assert "state_space" in info
+    assert "gss.GSS.state_size = 4" in (run_folder / "config.gin").read_text()
+
+
+@pytest.mark.slow
+def test_metrics_speak_of_every_step_once_and_loss_falls(run_folder):
+    lines = history(run_folder / "metrics.jsonl", split="train")
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert all(line["steps"] == 4 for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    for line in lines:
+        assert math.isclose(line["perplexity"], math.exp(line["nats_per_token"]))
+    held_out = history(run_folder / "metrics.jsonl", split="validation/embedded_books")
+    assert [line["step"] for line in held_out] == [12]
+
+
+@pytest.mark.slow
+def test_evaluation_reads_every_byte_at_every_length(run_folder, capsys):
+    assert evaluation.main([f"--model_dir={run_folder}", f"--lengths={LENGTH},{4 * LENGTH}"]) == 0
+    results = json.loads((run_folder / "evaluation" / "eval_results.json").read_text())
+    short, long = (results["lengths"][str(length)]["embedded_books"] for length in (LENGTH, 4 * LENGTH))
+    assert short["tokens"] == long["tokens"]
+    assert short["bytes"] == long["bytes"] > 0
+    for result in (short, long):
+        # A byte vocabulary's loss, after twelve steps: better than uniform over the vocabulary, far from perfect.
+        assert 2.0 < result["bits_per_byte"] < math.log2(259)
+        nats = result["nats_per_token"] * result["tokens"]
+        assert math.isclose(result["bits_per_byte"], nats / math.log(2) / result["bytes"], rel_tol=1e-6)
+    assert "embedded_books" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_generation_continues_the_prompt_and_repeats_itself_with_a_seed(run_folder, capsys):
+    command = [f"--model_dir={run_folder}", "--prompt=The", "--max_new_tokens=8", "--seed=3"]
+    texts = []
+    for _ in range(2):
+        assert generate.main(command) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("The")
+    assert texts[0] == texts[1]
+
+
+def test_an_empty_prompt_is_refused_with_a_way_out(run_folder):
+    with pytest.raises(UserError, match="--unconditional"):
+        generate.main([f"--model_dir={run_folder}", "--prompt="])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        evaluation.main([f"--model_dir={tmp_path}"])
