@@ -14,7 +14,7 @@ below - i·above it is the whole. One complex transform of size L takes the plac
 arithmetic and half the memory traffic. (In other words, the Fourier transform at the frequencies (k - 1/4)/L.)
 
 Implementations with one signature, which `select_method` chooses between:
-  "direct"  sums over lags, for a few tokens;
+  "direct"  a sum over the lags, for kernels of few;
   "fft"     the backend's complex FFT;
   "matmul"  the transform as two matrix products with a twiddle between, in real planes (Bailey's four steps; the Monarch
             factorisation of FlashConv), for accelerators whose matrix units outrun their FFT.
@@ -29,8 +29,8 @@ from jax import lax
 
 METHODS = ("direct", "fft", "matmul")
 
-# Sums over lags of sequences up to this long are written out: fewer operations than any transform needs.
-DIRECT_LENGTH = 32
+# A sum over up to this many lags is written out: fewer operations than any transform needs.
+DIRECT_LAGS = 32
 
 # The smallest blocks of a convolution masked by documents; their sums are written out.
 LEAF_LENGTH = 8
@@ -59,7 +59,8 @@ def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, met
       [B, L, H].
 
     Raises:
-      ValueError: for an unknown method, or for `resets` together with `anticausal_HL`.
+      ValueError: for an unknown method, for "direct" with more than DIRECT_LAGS lags, or for `resets` together with
+        `anticausal_HL`.
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"unknown convolution method {method!r}; choose method from {', '.join(METHODS)} or None")
@@ -69,23 +70,26 @@ def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, met
         )
     length = u_BLH.shape[1]
     document = None if resets is None else jnp.cumsum(resets, axis=1)[:, None]
-
-    def run(platform):
-        chosen = select_method(platform, length) if method is None else method
-        group = CPU_GROUP_ELEMENTS if platform == "cpu" else GROUP_ELEMENTS
-        function = functools.partial(_convolve, TOEPLITZ[chosen], document)
-        return functools.partial(_in_channel_groups, function, group)
-
     kernels = (kernel_HL,) if anticausal_HL is None else (kernel_HL, anticausal_HL)
     kernels = tuple(k[:, :length] for k in kernels)
-    if method == "direct" or length <= DIRECT_LENGTH:
+    lags = max(k.shape[1] for k in kernels)
+    if method == "direct" and lags > DIRECT_LAGS:
+        raise ValueError(f"method 'direct' writes out at most {DIRECT_LAGS} lags, not {lags}: choose method 'fft'")
+
+    def run(platform):
+        chosen = select_method(platform, lags) if method is None else method
+        convolve = _sum_over_lags if chosen == "direct" else functools.partial(_convolve, TOEPLITZ[chosen])
+        elements = CPU_GROUP_ELEMENTS if platform == "cpu" else GROUP_ELEMENTS
+        return functools.partial(_in_channel_groups, functools.partial(convolve, document), elements)
+
+    if method == "direct" or lags <= DIRECT_LAGS:
         return run("cpu")(u_BLH, *kernels)
     return lax.platform_dependent(u_BLH, *kernels, cpu=run("cpu"), tpu=run("tpu"), default=run("cuda"))
 
 
-def select_method(platform: str, length: int) -> str:
-    """The implementation that `causal_convolution` uses by default for sequences of this length on this platform."""
-    if length <= DIRECT_LENGTH:
+def select_method(platform: str, lags: int) -> str:
+    """The implementation that `causal_convolution` uses by default on this platform for kernels of so many lags."""
+    if lags <= DIRECT_LAGS:
         return "direct"
     return "matmul" if platform == "tpu" else "fft"
 
@@ -107,6 +111,23 @@ def _in_channel_groups(function, elements, u_BLH, *kernels):
     kernels = [k.reshape(channels // group, group, k.shape[1]) for k in kernels]
     y = lax.map(lambda inputs: run(*inputs), (u, *kernels))
     return jnp.moveaxis(y, 0, 2).reshape(u_BLH.shape)
+
+
+def _sum_over_lags(document, u, kernel, anticausal=None):
+    """A convolution written out: u [..., L], kernels [..., lags], document int [..., L] or None."""
+
+    def padded(x, *width):
+        return jnp.pad(x, [(0, 0)] * (u.ndim - 1) + [width])
+
+    y = kernel[..., :1] * u
+    for lag in range(1, kernel.shape[-1]):
+        late = kernel[..., lag, None] * u[..., :-lag]
+        if document is not None:
+            late = jnp.where(document[..., lag:] == document[..., :-lag], late, 0)
+        y = y + padded(late, lag, 0)
+    for lag in range(1, 1 if anticausal is None else min(anticausal.shape[-1] + 1, u.shape[-1])):
+        y = y + padded(anticausal[..., lag - 1, None] * u[..., lag:], 0, lag)
+    return y
 
 
 def _convolve(toeplitz, document, u, kernel, anticausal=None):
@@ -142,19 +163,6 @@ def _pad(x, length):
 #   u         the sequence;  previous  the L numbers before it, so that Σ_{j > i} below[L+i-j] previous[j] is added
 #   below     lags 0 … L-1;  above     the upper triangle, None for zero
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _toeplitz_direct(u, below, above=None, previous=None):
-    length = u.shape[-1]
-    y = below[..., :1] * u
-    for lag in range(1, length):
-        late, early = [(0, 0)] * (u.ndim - 1) + [(lag, 0)], [(0, 0)] * (u.ndim - 1) + [(0, length - lag)]
-        y = y + below[..., lag, None] * jnp.pad(u[..., :-lag], late)
-        if above is not None:
-            y = y + above[..., lag, None] * jnp.pad(u[..., length - lag :], early)
-        if previous is not None:
-            y = y + below[..., lag, None] * jnp.pad(previous[..., length - lag :], early)
-    return y
 
 
 def _toeplitz_fft(u, below, above=None, previous=None):
@@ -261,7 +269,7 @@ def _ungrid(x):
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-TOEPLITZ = {"direct": _toeplitz_direct, "fft": _toeplitz_fft, "matmul": _toeplitz_matmul}
+TOEPLITZ = {"fft": _toeplitz_fft, "matmul": _toeplitz_matmul}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +291,7 @@ def _packed(toeplitz, u, kernel, document):
     size = block * -(-length // block)
     u, kernel = _pad(u, size), _pad(kernel, block)
     document = jnp.pad(document, [(0, 0), (0, 0), (0, size - length)], mode="edge")
-    y = _ungrid(_masked_direct(_grid(u, size // leaf), kernel, _grid(document, size // leaf)))
+    y = _ungrid(_sum_over_lags(_grid(document, size // leaf), _grid(u, size // leaf), kernel[:, None, :leaf]))
     half = leaf
     while half < block:
         u_halves, same = _grid(u, size // (2 * half)), _grid(document, size // (2 * half))
@@ -301,12 +309,3 @@ def _packed(toeplitz, u, kernel, document):
         tail = jnp.where(where[..., 1:, :] == where[..., 1:, :1], tail, 0)
         y = y + _ungrid(jnp.pad(tail, [(0, 0), (0, 0), (1, 0), (0, 0)]))
     return y[..., :length]
-
-
-def _masked_direct(u, kernel, document):
-    y = kernel[:, None, :1] * u
-    for lag in range(1, u.shape[-1]):
-        same = document[..., lag:] == document[..., :-lag]
-        late = jnp.where(same, kernel[:, None, lag, None] * u[..., :-lag], 0)
-        y = y + jnp.pad(late, [(0, 0)] * 3 + [(lag, 0)])
-    return y
