@@ -113,7 +113,7 @@ def draw(folder: pathlib.Path, results: dict) -> list[pathlib.Path]:
         axes.plot(
             [tokens[p["step"]] for p in points], [p["bits_per_byte"] for p in points], "o", label=f"held-out {domain}"
         )
-    axes.set(xlabel="tokens", ylabel="bits per byte", title="Loss", yscale="log")
+    axes.set(xlabel="tokens", ylabel="bits per byte", title="Loss", ylim=(1.5, 5))
     axes.legend()
     loss = plots / "loss.png"
     figure.savefig(loss, dpi=120, bbox_inches="tight")
@@ -125,7 +125,7 @@ def draw(folder: pathlib.Path, results: dict) -> list[pathlib.Path]:
         curve = results["lengths"][length][f"embedded_{domain}"]["by_position"]
         axes.plot(curve["position"], curve["bits_per_byte"], label=domain)
     axes.axvline(TRAIN_LENGTH, color="grey", linestyle=":", label="training length")
-    axes.set(xlabel="position", ylabel="bits per byte", title="Held-out text by position", xscale="log")
+    axes.set(xlabel="position in the document", ylabel="bits per byte", title="Held-out text", xscale="log")
     axes.legend()
     by_position = plots / "bits_per_byte_by_position.png"
     figure.savefig(by_position, dpi=120, bbox_inches="tight")
