@@ -145,7 +145,7 @@ def check(root: Callable, *more_roots: Callable) -> None:
         for scope, selector in reachable
         if selector == "gin.macro"
         and scope
-        and gin_config._CONFIG.get((scope, selector), {}).get("value", gin.REQUIRED) is gin.REQUIRED
+        and _is_required(gin_config._CONFIG.get((scope, selector), {}).get("value", gin.REQUIRED))
     )
     if undefined:
         flags = " ".join(f"--gin.{name}=…" for name in undefined)
@@ -236,6 +236,11 @@ def _name(function: Callable) -> str:
 
 def _scoped(scope: str, name: str) -> str:
     return f"{scope}/{name}" if scope else name
+
+
+def _is_required(value: Any) -> bool:
+    """Whether a value is gin's mark for what the user must give, as such or as %gin.REQUIRED."""
+    return value is gin.REQUIRED or repr(value) == "%gin.REQUIRED"
 
 
 def _scopes(scope: str) -> list[str]:
