@@ -9,6 +9,8 @@ not depend on how long the text is, unless the network has full attention.
 
 import argparse
 import codecs
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -36,11 +38,17 @@ class TextCodec(NamedTuple):
       encode: text to ids, without EOS.
       decoder: makes a function that takes ids as they come and returns the text that they complete.
       eos_id: the id that ends a text.
+      size: number of ids; the network's table may be larger.
     """
 
     encode: Callable[[str], list[int]]
     decoder: Callable[[], Callable[[Iterable[int]], str]]
     eos_id: int | None
+    size: int
+
+
+# Ids that a decoder of pieces keeps to see how the next one joins on, and how many it lets pile up.
+_CONTEXT, _WINDOW = 16, 64
 
 
 class Writer(NamedTuple):
@@ -58,16 +66,21 @@ def open_writer(*, model: Any, checkpoint_path: str, mixture_or_task_name: str) 
       checkpoint_path: a checkpoint or a run folder.
       mixture_or_task_name: whose vocabulary to use where the checkpoint does not name the byte vocabulary.
     """
-    use_compilation_cache()
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    shapes = {"decoder_input_tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
-    restored = checkpoints.restore_parameters(checkpoint_path, abstract_parameters(model, shapes, mesh))
+    restored = restore_network(model, checkpoint_path)
     vocabulary = (restored.metadata or {}).get("vocabulary", {})
     if vocabulary.get("name") == "ByteVocabulary" and not vocabulary.get("extra_ids"):
         codec = byte_codec()
     else:
         codec = seqio_codec(mixture_or_task_name, vocabulary.get("hash"))
     return Writer(Generator(model.network, restored.params), codec)
+
+
+def restore_network(model: Any, checkpoint_path: str) -> checkpoints.RestoredParameters:
+    """Parameters of `model` from a checkpoint or a run folder, on one device."""
+    use_compilation_cache()
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    shapes = {"decoder_input_tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
+    return checkpoints.restore_parameters(checkpoint_path, abstract_parameters(model, shapes, mesh))
 
 
 def byte_codec() -> TextCodec:
@@ -77,7 +90,12 @@ def byte_codec() -> TextCodec:
         incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids: incremental.decode(vocabularies.decode_bytes(ids))
 
-    return TextCodec(vocabularies.encode_bytes, decoder, vocabularies.EOS_ID)
+    return TextCodec(
+        lambda text: vocabularies.encode_bytes(text.encode("utf-8", errors="surrogateescape")),
+        decoder,
+        vocabularies.EOS_ID,
+        vocabularies.BYTE_VOCABULARY_SIZE,
+    )
 
 
 def seqio_codec(mixture_or_task_name: str, expected_hash: str | None) -> TextCodec:
@@ -86,35 +104,52 @@ def seqio_codec(mixture_or_task_name: str, expected_hash: str | None) -> TextCod
     Raises:
       UserError: it is not the one that the checkpoint was trained with.
     """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from tasks import cache
 
-    vocabulary = cache.registered(mixture_or_task_name).output_features["targets"].vocabulary
+    try:
+        vocabulary = cache.registered(mixture_or_task_name).output_features["targets"].vocabulary
+    except cache.CacheError as error:
+        raise UserError(str(error)) from error
     if expected_hash is not None and vocabularies.describe(vocabulary)["hash"] != expected_hash:
         raise UserError(f"The vocabulary of {mixture_or_task_name!r} is not the one the checkpoint was trained with.")
+    return TextCodec(
+        vocabulary.encode, lambda: piecewise_decoder(vocabulary.decode), vocabulary.eos_id, vocabulary.vocab_size
+    )
 
-    def decoder():
-        ids_so_far: list[int] = []
-        shown = 0
 
-        def decode(ids):
-            # Pieces of a word change how they print when more come: decode all, show what is new and settled.
-            nonlocal shown
-            ids_so_far.extend(ids)
-            text = vocabulary.decode(ids_so_far)
-            settled = text.rstrip("\ufffd")
-            new, shown = settled[shown:], max(shown, len(settled))
-            return new
+def piecewise_decoder(decode: Callable[[list[int]], str]) -> Callable[[Iterable[int]], str]:
+    """Decodes ids as they come, where how a piece prints depends on its neighbours.
 
-        return decode
+    Decodes the newest ids together and returns what is new and settled: an incomplete character at the end, which shows
+    as U+FFFD, waits for its rest. Only the last ids are kept, so time and memory do not grow with the text.
 
-    return TextCodec(vocabulary.encode, decoder, vocabulary.eos_id)
+    Args:
+      decode: all ids of a text to the text.
+    """
+    window: list[int] = []
+    shown = ""
+
+    def decode_more(ids: Iterable[int]) -> str:
+        nonlocal window, shown
+        window.extend(ids)
+        text = decode(window)
+        settled = text.rstrip("\ufffd")
+        new, shown = settled[len(shown) :], max(shown, settled, key=len)
+        if len(window) > _WINDOW and settled == text:
+            window = window[-_CONTEXT:]
+            shown = decode(window)
+        return new
+
+    return decode_more
 
 
 def write(writer: Writer, prompt: str, samples: int, max_new_tokens: int, sampling: Sampling, seed: int, show) -> None:
     """Writes `samples` continuations of the prompt, one after the other, passing text to `show` as it comes."""
     ids = np.asarray([writer.codec.encode(prompt)], np.int32).reshape(1, -1)
     generator = writer.generator
-    state = generator.start(1, max_length=ids.shape[1] + max_new_tokens + 1)
+    sampling = dataclasses.replace(sampling, vocab_size=writer.codec.size)
+    state = generator.start(1, max_length=ids.shape[1] + max_new_tokens)
     state = generator.read(state, ids)
     for sample in range(samples):
         if samples > 1:
@@ -157,16 +192,23 @@ def main(argv: Sequence[str]) -> int:
 
     prompt = "" if options.unconditional else options.prompt
     if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+        piped = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+        prompt = piped.decode("utf-8", errors="surrogateescape").rstrip("\n")
     if not prompt and not options.unconditional:
         raise UserError("The prompt is empty: give --prompt=TEXT or text on standard input, or --unconditional.")
+
+    sys.stdout.reconfigure(errors="surrogateescape")
 
     def show(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     writer = gin.get_configurable(configured)()
-    write(writer, prompt, options.num_samples, options.max_new_tokens, sampling, options.seed, show)
+    try:
+        write(writer, prompt, options.num_samples, options.max_new_tokens, sampling, options.seed, show)
+    except BrokenPipeError:
+        # Whoever read has read enough, as in `… | head`. Python would flush, and complain, once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -38,7 +38,7 @@ class LiveFeed(PrefetchedFeed):
         import seqio
         import tensorflow as tf
 
-        _leave_accelerators_to_jax()
+        leave_accelerators_to_jax()
         name = config.mixture_or_task_name
         provider = cache.registered(name, ["tasks", config.module] if config.module else ["tasks"])
         lengths = dict(config.task_feature_lengths)
@@ -159,7 +159,7 @@ def _load(iterator, snapshot: Mapping[str, str]) -> None:
         tf.train.Checkpoint(iterator=iterator).read(str(pathlib.Path(folder) / "iterator")).assert_consumed()
 
 
-def _leave_accelerators_to_jax() -> None:
+def leave_accelerators_to_jax() -> None:
     """TensorFlow would otherwise reserve the GPUs' memory."""
     import tensorflow as tf
 

@@ -6,7 +6,6 @@ that top_k = 1 is greedy.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ class Sampling:
       top_k: how many of the most likely ids may be drawn; 0 for all.
       top_p: probability that the ids which may be drawn must reach together; 1 for all.
       forbidden: ids that are never drawn. Padding (0) is not a token of any text.
+      vocab_size: ids from this on are never drawn either: networks pad their tables. None if all are tokens.
 
     Raises:
       UserError: a value is out of range.
@@ -37,6 +37,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     forbidden: tuple[int, ...] = (0,)
+    vocab_size: int | None = None
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -55,13 +56,19 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
-def forbid(logits: Array, ids: Sequence[int]) -> Array:
-    """Gives probability zero to `ids`: [..., V] to float32 [..., V]. Ids outside the vocabulary are no concern."""
+def allowed(logits: Array, sampling: Sampling) -> Array:
+    """Gives the ids that must not be drawn probability zero: [..., V] to float32 [..., V].
+
+    Raises:
+      UserError: no id is left.
+    """
     logits = logits.astype(jnp.float32)
-    vocab = logits.shape[-1]
-    ids = sorted({i for i in ids if 0 <= i < vocab})
-    if len(ids) == vocab:
-        raise UserError(f"All {vocab} ids of the vocabulary are forbidden; nothing can be drawn.")
+    size = min(logits.shape[-1], sampling.vocab_size or logits.shape[-1])
+    ids = sorted({i for i in sampling.forbidden if 0 <= i < size})
+    if len(ids) == size:
+        raise UserError(f"All {size} ids of the vocabulary are forbidden; nothing can be drawn.")
+    if size < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < size, logits, -jnp.inf)
     return logits.at[..., jnp.array(ids, jnp.int32)].set(-jnp.inf) if ids else logits
 
 
@@ -76,7 +83,7 @@ def candidates(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
       (scaled float32 [B, K], ids int32 [B, K]): the distribution is softmax(scaled); ids outside the nucleus have
       -infinity. K is top_k, or V.
     """
-    logits = forbid(logits, sampling.forbidden)
+    logits = allowed(logits, sampling)
     vocab = logits.shape[-1]
     # Dividing what is left below the maximum cannot overflow to +infinity, however small the temperature.
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
@@ -104,7 +111,7 @@ def draw(logits: Array, keys: Array | None, sampling: Sampling) -> Array:
       int32 [B].
     """
     if sampling.greedy:
-        return jnp.argmax(forbid(logits, sampling.forbidden), axis=-1).astype(jnp.int32)
+        return jnp.argmax(allowed(logits, sampling), axis=-1).astype(jnp.int32)
     scaled, ids = candidates(logits, sampling)
     choice = jax.vmap(jax.random.categorical)(keys, scaled)
     return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]

@@ -50,6 +50,7 @@ SKEWED = np.log(np.array([0.08, 0.3, 0.02, 0.4, 0.2], np.float32))
         (Sampling(forbidden=()), [0.08, 0.3, 0.02, 0.4, 0.2]),
         (Sampling(top_k=2, forbidden=()), [0, 3 / 7, 0, 4 / 7, 0]),
         (Sampling(top_k=2, forbidden=(3,)), [0, 0.6, 0, 0, 0.4]),
+        (Sampling(forbidden=(), vocab_size=4), [0.1, 0.375, 0.025, 0.5, 0]),
         (Sampling(top_k=99, forbidden=()), [0.08, 0.3, 0.02, 0.4, 0.2]),
         (Sampling(top_p=0.69, forbidden=()), [0, 3 / 7, 0, 4 / 7, 0]),
         (Sampling(top_p=0.71, forbidden=()), [0, 3 / 9, 0, 4 / 9, 2 / 9]),
@@ -134,4 +135,4 @@ def test_values_out_of_range_are_named(values, name):
 
 def test_a_vocabulary_without_allowed_ids_is_refused():
     with pytest.raises(UserError, match="forbidden"):
-        sampling.forbid(jnp.zeros((1, 3)), (0, 1, 2))
+        sampling.allowed(jnp.zeros((1, 5)), Sampling(forbidden=(0, 1, 2), vocab_size=3))
