@@ -68,9 +68,10 @@ def train(settings: list[str], folder: pathlib.Path, steps: int) -> None:
     try:
         while process.poll() is None and last_step(folder) < INTERRUPT_AT * steps:
             time.sleep(0.5)
-        print("\n--- interrupting the run: kill -TERM ---", flush=True)
-        process.terminate()
-        process.wait()
+        if process.poll() is None:
+            print("\n--- interrupting the run: kill -TERM ---", flush=True)
+            process.terminate()
+            process.wait()
     except BaseException:
         process.kill()
         raise

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -17,7 +18,7 @@ LENGTH = 32
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     settings = {
-        "MODEL_DIR": folder,
+        "MODEL_DIR": os.path.relpath(folder),
         "MIXTURE_OR_TASK_NAME": "embedded_books",
         "TASK_FEATURE_LENGTHS": {"targets": LENGTH},
         "BATCH_SIZE": 4,
@@ -96,3 +97,10 @@ def test_an_empty_prompt_is_refused_with_a_way_out(run_folder):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         evaluation.main([f"--model_dir={tmp_path}"])
+
+
+@pytest.mark.slow
+def test_a_relative_run_folder_works(run_folder, monkeypatch, capsys):
+    monkeypatch.chdir(run_folder.parent)
+    assert generate.main([f"--model_dir={run_folder.name}", "--prompt=The", "--max_new_tokens=1"]) == 0
+    assert capsys.readouterr().out.startswith("The")

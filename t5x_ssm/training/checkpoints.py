@@ -130,7 +130,7 @@ class Checkpointer:
 
     def __init__(self, model_dir: epath.PathLike, config: SaveCheckpointConfig = SaveCheckpointConfig()):
         """Opens the folder (made when it does not exist) and removes what a killed write left there."""
-        self._directory = epath.Path(model_dir)
+        self._directory = run_folder.located(model_dir)
         self._config = config
         self._saving: int | None = None
         self._own_steps: set[int] = set()

@@ -37,6 +37,12 @@ _LOCK_SECONDS = 5.0
 _ROWS = 20
 
 
+def located(path: epath.PathLike) -> epath.Path:
+    """`path` as Orbax wants it: absolute, unless it names a store (gs://…)."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
 def make(model_dir: epath.PathLike) -> None:
     """Makes the folder, if it does not exist. Process 0 does it."""
 
@@ -128,7 +134,7 @@ def find_checkpoint(path: epath.PathLike, mode: str = "latest") -> epath.Path:
     Raises:
       CheckpointError: there is none; says what was found instead.
     """
-    path = epath.Path(path)
+    path = located(path)
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist; RestoreCheckpointConfig.path must name a checkpoint or a run folder."
