@@ -32,6 +32,9 @@ from gin import config as gin_config
 from t5x_ssm.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
+# gin also looks for a file as a resource of a package: `include 'runs/pretrain.gin'` would import any folder named `runs`
+# that lies where the user stands, and fail on it.
+gin_config._FILE_READERS[:] = [reader for reader in gin_config._FILE_READERS if reader[0] is open]
 
 
 def gin_folder() -> pathlib.Path:

@@ -94,6 +94,15 @@ def test_an_empty_prompt_is_refused_with_a_way_out(run_folder):
         generate.main([f"--model_dir={run_folder}", "--prompt="])
 
 
+def test_folders_named_as_ours_are_do_not_hide_the_gin_files(tmp_path, monkeypatch):
+    for name in ("runs", "models", "networks", "optimizers"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="MODEL_DIR must be set"):
+        train.main(["--gin_file=quickstart.gin"])
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         evaluation.main([f"--model_dir={tmp_path}"])
