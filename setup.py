@@ -20,8 +20,10 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=setuptools.find_packages(include=["t5x_ssm", "t5x_ssm.*", "tasks", "tasks.*", "launch", "launch.*"])
-    + ["t5x_ssm.gin"],
+    packages=[
+        *setuptools.find_packages(include=["t5x_ssm", "t5x_ssm.*", "tasks", "tasks.*", "launch", "launch.*"]),
+        "t5x_ssm.gin",
+    ],
     package_dir={"t5x_ssm.gin": "gin"},
     package_data={"t5x_ssm.gin": ["**/*.gin"], "launch": ["*.sh"]},
     install_requires=[
