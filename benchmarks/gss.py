@@ -1,12 +1,10 @@
 """The GSS state space over length: `python -m benchmarks.gss [--repeats=7]`.
 
-Time per token of the convolution (kernel generation included), forward and backward, at 2,048 and 16,384 tokens in turns;
-the compiler's temporary memory at 65,536; and the time per token of generation after short and long prompts.
-Writes benchmarks/results/gss.json.
+Time per token of the convolution (kernel generation included), forward and backward, at 2,048 and 16,384 tokens in turns,
+and the compiler's temporary memory at 65,536. Writes benchmarks/results/gss.json.
 """
 
 import argparse
-import functools
 import time
 
 import jax
@@ -14,9 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import report
-from t5x_ssm.inference.decoding import Generator
-from t5x_ssm.layers.gss import GSS
-from t5x_ssm.models.decoder import Decoder
 from t5x_ssm.ssm import diagonal
 
 CHANNELS, MODES = 256, 512
@@ -66,32 +61,6 @@ def temporary_memory() -> dict:
     return {"length": 65536, "temporary_MiB": analysis.temp_size_in_bytes / 2**20}
 
 
-def generation(repeats: int, new_tokens: int = 64) -> dict:
-    """Seconds per generated token after prompts of 512 and 8,192 tokens, and whether both used the same executable."""
-    network = Decoder(
-        vocab_size=259, embed_dim=256, num_layers=4, mixers={"gss": functools.partial(GSS, state_size=128)}
-    )
-    tokens = jnp.ones((1, 8), jnp.int32)
-    params = jax.jit(network.init, static_argnames="enable_dropout")(
-        jax.random.key(0), tokens, tokens, enable_dropout=False
-    )["params"]
-    generator = Generator(network, params)
-    states = {n: generator.read(generator.start(1), np.full((1, n), 70, np.int32)) for n in (512, 8192)}
-    seconds: dict[int, list[float]] = {n: [] for n in states}
-    for repeat in range(repeats + 1):
-        for n, state in states.items():
-            stream = generator.generate(generator.copy(state, [0]), new_tokens, eos_id=None)
-            began = time.perf_counter()
-            count = sum(1 for _ in stream)
-            if repeat:
-                seconds[n].append((time.perf_counter() - began) / count)
-    return {
-        "milliseconds_per_token": {str(n): report.spread([1e3 * s for s in values]) for n, values in seconds.items()},
-        "ratio_8192_over_512": report.spread([b / a for a, b in zip(seconds[512], seconds[8192], strict=True)]),
-        "decode_executables": generator.make_steps._cache_size(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
@@ -101,7 +70,6 @@ def main() -> None:
         {
             "convolution": time_per_token(repeats),
             "memory": temporary_memory(),
-            "generation": generation(repeats),
         },
     )
 
