@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
+from t5x_ssm.errors import UserError
 from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
@@ -18,6 +19,18 @@ Initializer = Callable[..., Array]
 
 # Variance 1/fan_in, truncated normal.
 default_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def require_positive(owner: str, **sizes: int) -> None:
+    """Raises UserError for a size that is not at least 1.
+
+    Args:
+      owner: whose settings they are, such as 'GSS'.
+      **sizes: values by the names of the settings.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{owner}.{name} = {size}; it must be at least 1.")
 
 
 class Dense(nn.Module):
@@ -106,6 +119,10 @@ class Embed(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
+        # Every network begins with a table, so its settings are checked here.
+        require_positive("network", vocab_size=self.num_embeddings, embed_dim=self.features)
+        if not _is_floating(self.dtype):
+            raise UserError(f"network.dtype = {self.dtype!r}; it must be a floating-point type, such as 'bfloat16'.")
         self.embedding = partitioning.param_with_axes(
             "embedding",
             nn.initializers.normal(self.init_scale),
@@ -124,15 +141,28 @@ class Embed(nn.Module):
         return jnp.einsum("...d,vd->...v", x.astype(self.dtype), table, preferred_element_type=jnp.float32)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "sigmoid": nn.sigmoid,
-    "tanh": jnp.tanh,
-    "linear": lambda x: x,
-}
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
+class _Activations(dict[str, Callable[[Array], Array]]):
+    def __missing__(self, name: str):
+        raise UserError(f"There is no activation {name!r}; there are {', '.join(self)}.")
+
+
+# Functions by name; an unknown name is a UserError.
+ACTIVATIONS = _Activations(
+    gelu=lambda x: nn.gelu(x, approximate=False),
+    gelu_tanh=lambda x: nn.gelu(x, approximate=True),
+    relu=nn.relu,
+    silu=nn.silu,
+    sigmoid=nn.sigmoid,
+    tanh=jnp.tanh,
+    linear=lambda x: x,
+)
 
 
 class MLP(nn.Module):
@@ -153,6 +183,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, enable_dropout: bool = True) -> Array:
+        require_positive("MLP", hidden=self.hidden)
         branches = []
         for i, name in enumerate(self.activations):
             projection = "wi" if len(self.activations) == 1 else f"wi_{i}"

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
-from t5x_ssm.layers.basic import ACTIVATIONS, Dense, LayerNorm
+from t5x_ssm.layers.basic import ACTIVATIONS, Dense, LayerNorm, require_positive
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import diagonal
@@ -99,6 +99,7 @@ class GSS(nn.Module):
         width = x.shape[-1]
         hidden = 4 * width if self.hidden is None else self.hidden
         channels = width // 4 if self.channels is None else self.channels
+        require_positive("GSS", hidden=hidden, channels=channels, state_size=self.state_size)
         activation = ACTIVATIONS[self.activation]
 
         u = activation(Dense(hidden, ("embed", "mlp"), dtype=self.dtype, name="gate")(x))
