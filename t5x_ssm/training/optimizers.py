@@ -1,14 +1,9 @@
-"""AdamW and Adafactor over parameter groups that are matched by path.
-
-A group is a regular expression over parameter paths such as `decoder/layers/ssm/log_dt`; the first group that matches a
-parameter owns it. Whole paths, not leaf names, are matched: `scale` under `pre_norm` is a norm's, and a rule that only
-sees `scale` cannot know.
+"""AdamW and Adafactor over parameter groups, see `training.parameter_groups`.
 
 Both optimizers are Optax gradient transformations with one fixed layout of state, whatever their settings: clipping and
 weight decay can be switched between two runs of one checkpoint. The state is float32 even for parameters that are not.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,85 +14,10 @@ import optax
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.training import schedules
+from t5x_ssm.training.parameter_groups import ParameterGroup, default_groups, group_labels, parameter_path
 
-# A, Δ and B of every state space: leaves of a module called `ssm`, `shift_ssm`, …
-STATE_SPACE_PATTERN = r"(^|/)(\w+_)?ssm/(.*/)?(lambda_\w+|a_\w+|log_dt\w*|log_step|b|b_re|b_im|p_re|p_im)$"
-# What is left of a state space: C and D.
-STATE_SPACE_OUTPUT_PATTERN = r"(^|/)(\w+_)?ssm/"
-# Everything in a module whose name contains `norm`, and every leaf that is a scale or a bias.
-NO_DECAY_PATTERN = r"(^|/)\w*norm\w*/|(^|/)(scale|bias|\w+_bias)$"
 # Parameters with a leading axis over layers, as `models.stack` names them when it scans.
 STACKED_PATTERN = r"(^|/)segment_\d+/"
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that share a learning rate and a weight decay.
-
-    Attributes:
-      name: label of the group, in the start-up table and the optimizer state.
-      pattern: regular expression, searched in the path 'a/b/c' of each parameter.
-      learning_rate: a rate or schedule of its own, instead of the optimizer's.
-      learning_rate_scale: factor on the optimizer's schedule.
-      max_learning_rate: upper bound on the (scaled) schedule.
-      weight_decay: decoupled decay, times the learning rate; None takes the optimizer's.
-      frozen: the parameters never change, have no optimizer state, and stay out of gradient norms.
-      factored: Adafactor may factor the second moment of these parameters. AdamW has nothing to factor.
-      parameter_scaled: Adafactor multiplies their updates by the RMS of the parameter. AdamW never does.
-      optional: the pattern may match nothing.
-    """
-
-    name: str
-    pattern: str
-    learning_rate: float | optax.Schedule | None = None
-    learning_rate_scale: float = 1.0
-    max_learning_rate: float | None = None
-    weight_decay: float | None = None
-    frozen: bool = False
-    factored: bool = True
-    parameter_scaled: bool = True
-    optional: bool = False
-
-    def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise UserError(f"Parameter group {self.name!r}: pattern {self.pattern!r} is no regex ({error}).") from None
-        if self.learning_rate is not None and (self.learning_rate_scale != 1.0 or self.max_learning_rate is not None):
-            raise UserError(
-                f"Parameter group {self.name!r} sets learning_rate together with learning_rate_scale or "
-                "max_learning_rate; the former replaces the optimizer's schedule, the latter adjust it. Choose one."
-            )
-        for field in ("learning_rate_scale", "max_learning_rate", "weight_decay"):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value < float("inf"):
-                raise UserError(f"Parameter group {self.name!r}: {field} is {value!r}; it must be finite and >= 0.")
-
-
-def default_groups(
-    state_space_pattern: str = STATE_SPACE_PATTERN,
-    state_space_max_learning_rate: float = 1e-3,
-    no_decay_pattern: str = NO_DECAY_PATTERN,
-) -> tuple[ParameterGroup, ...]:
-    """The groups of a network whose state spaces are modules called `ssm`.
-
-    A, Δ and B are slow and undecayed; norms and biases are undecayed; C, D and the rest are decayed, as in H3 and S5's
-    standard recipe. Adafactor neither factors nor rescales any parameter of a state space.
-    """
-    whole = {"factored": False, "parameter_scaled": False, "optional": True}
-    return (
-        ParameterGroup(
-            "state_space",
-            state_space_pattern,
-            max_learning_rate=state_space_max_learning_rate,
-            weight_decay=0.0,
-            **whole,
-        ),
-        # Before the outputs: a norm inside a state space is a norm.
-        ParameterGroup("no_decay", no_decay_pattern, weight_decay=0.0, optional=True),
-        ParameterGroup("state_space_output", STATE_SPACE_OUTPUT_PATTERN, **whole),
-        ParameterGroup("decay", r""),
-    )
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
@@ -191,7 +111,7 @@ def adamw(
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled decay, times the learning rate, of groups that set none.
-      groups: parameter groups, first match wins; `default_groups()` if None.
+      groups: parameter groups, first match wins; `parameter_groups.default_groups()` if None.
       clip_global_norm: largest norm of all gradients together; None does not clip.
       mu_dtype: type of the first moment; float32 if None.
     """
@@ -231,7 +151,7 @@ def adafactor(
       momentum: decay of a running mean of updates; None keeps none.
       momentum_dtype: its type.
       weight_decay: decoupled decay, times the learning rate, of groups that set none.
-      groups: parameter groups, first match wins; `default_groups()` if None.
+      groups: parameter groups, first match wins; `parameter_groups.default_groups()` if None.
       clip_global_norm: largest norm of all gradients together; None does not clip.
       stacked_pattern: paths of parameters whose first axis runs over layers. Each layer then has its own RMS, as if it
         were a parameter of its own; the axis is never factored unless it is one of the two largest.
@@ -253,44 +173,6 @@ def adafactor(
         )
 
     return _build("adafactor", scale, learning_rate, weight_decay, groups, clip_global_norm)
-
-
-def group_labels(params: Any, groups: Sequence[ParameterGroup]) -> Any:
-    """The name of each parameter's group.
-
-    Args:
-      params: tree of parameters.
-      groups: groups, first match wins.
-
-    Returns:
-      A tree like `params` of group names.
-
-    Raises:
-      UserError: a parameter belongs to no group, or a group that is not optional has no parameter.
-    """
-
-    def label(path, _):
-        name = parameter_path(path)
-        for group in groups:
-            if re.search(group.pattern, name):
-                return group.name
-        raise UserError(f"Parameter {name} matches no parameter group; end `groups` with one whose pattern is ''.")
-
-    labels = jax.tree_util.tree_map_with_path(label, params)
-    used = set(jax.tree.leaves(labels))
-    for group in groups:
-        if group.name not in used and not group.optional:
-            paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-            raise UserError(
-                f"Parameter group {group.name!r} has no parameter: nothing that an earlier group left matches "
-                f"{group.pattern!r}. Correct the pattern or mark the group optional. Parameters: {', '.join(paths)}."
-            )
-    return labels
-
-
-def parameter_path(path: Any) -> str:
-    """'a/b/c' for a key path of a parameter tree."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _build(

@@ -15,7 +15,7 @@ from flax import serialization, struct, traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.training.optimizers import parameter_path
+from t5x_ssm.training.parameter_groups import parameter_path
 
 
 class TrainState(struct.PyTreeNode):

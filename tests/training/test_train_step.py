@@ -11,7 +11,7 @@ from toy_objective import ToyObjective, toy_batch, toy_gradient
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.training import optimizers, schedules
-from t5x_ssm.training.optimizers import ParameterGroup
+from t5x_ssm.training.parameter_groups import ParameterGroup
 from t5x_ssm.training.train_state import TrainState
 from t5x_ssm.training.train_step import make_eval_step, make_train_step, split_microbatches
 
