@@ -19,7 +19,7 @@ from t5x_ssm.data import feed as feed_lib
 def first_step_seconds(folder: pathlib.Path, compilation_cache: pathlib.Path) -> float:
     """Trains one step of a new run; seconds until its line of history stands on disk."""
     command = [sys.executable, "-m", "t5x_ssm.train", "--gin_file=quickstart.gin", f"--gin.MODEL_DIR={folder}"]
-    command += ["--gin.TRAIN_STEPS=1", "--gin.WARMUP_STEPS=1", "--gin.train.train_eval_dataset_cfg=None"]
+    command += ["--gin.TRAIN_STEPS=1", "--gin.WARMUP_STEPS=1", "--gin.EVAL_PERIOD=0", "--gin.EVAL_STEPS=1"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
     began = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

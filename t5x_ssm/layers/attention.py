@@ -24,9 +24,9 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init
+from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init, require_positive
 from t5x_ssm.layers.mixer import Run, document_positions
-from t5x_ssm.layers.positions import RelativeBias, rotate
+from t5x_ssm.layers.positions import RelativeBias, relative_bias, rotate
 from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
@@ -46,10 +46,13 @@ class Attention(nn.Module):
       window: keys a query sees under `sliding` (itself included); chunk length under `chunk`.
       causal: whether later positions are hidden. Decoding needs it.
       cross: keys and values come from `encoded`.
-      relative_bias: T5's bucketed bias, a table per layer.
+      relative_bias: T5's bucketed bias, with a table of this layer's own.
+      shared_bias: the same, with the table that the layers of the network share (its field `shared_bias`).
       rotary: rotary position embedding of queries and keys.
       scale: factor on the logits; head_dim ** -0.5 when None.
       use_bias: biases on the four projections.
+      kernel_init: of the projections.
+      out_kernel_init: of the output projection, if another.
       dropout_rate: on the attention weights.
     """
 
@@ -61,12 +64,14 @@ class Attention(nn.Module):
     causal: bool = True
     cross: bool = False
     relative_bias: bool = False
+    shared_bias: bool = False
     relative_buckets: int = 32
     relative_max_distance: int = 128
     rotary: bool = False
     scale: float | None = None
     use_bias: bool = False
     kernel_init: Initializer = default_kernel_init
+    out_kernel_init: Initializer | None = None
     dropout_rate: float = 0.0
     feed_forward: bool = True
     dtype: Any = jnp.float32
@@ -80,13 +85,21 @@ class Attention(nn.Module):
             raise UserError("Attention passes its state through the decode cache (prefill=True), not initial_state.")
         if self.cross and run.encoded is None:
             raise UserError("Attention.cross = True attends to an encoder's output, and none was given (encoded).")
-        if self.cross and (self.relative_bias or self.rotary):
-            raise UserError("Attention.cross = True has no relative positions: leave relative_bias and rotary False.")
+        if self.cross and (self.relative_bias or self.shared_bias or self.rotary):
+            raise UserError(
+                "Attention.cross = True has no relative positions: leave relative_bias, shared_bias and rotary False."
+            )
+        if self.relative_bias and self.shared_bias:
+            raise UserError("Attention.relative_bias and shared_bias are two ways to the same thing: set one of them.")
+        if self.shared_bias and run.bias_table is None:
+            raise UserError("Attention.shared_bias = True needs the network to have one: set its shared_bias.")
         batch, length, width = x.shape
+        require_positive("Attention", num_heads=self.num_heads, window=self.window)
         if self.head_dim is None and width % self.num_heads:
             raise UserError(f"Attention.num_heads = {self.num_heads} does not divide the width {width}; set head_dim.")
         head_dim = width // self.num_heads if self.head_dim is None else self.head_dim
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        require_positive("Attention", head_dim=head_dim, num_kv_heads=kv_heads)
         if self.num_heads % kv_heads:
             raise UserError(f"Attention.num_kv_heads = {kv_heads} does not divide num_heads = {self.num_heads}.")
 
@@ -103,10 +116,13 @@ class Attention(nn.Module):
             project("value", source, kv_heads),
         )
         q = q * (head_dim**-0.5 if self.scale is None else self.scale)
-        bias = None
+        table = run.bias_table if self.shared_bias else None
         if self.relative_bias:
-            bias = RelativeBias(
-                self.num_heads, self.relative_buckets, self.relative_max_distance, not self.causal, name="relative_bias"
+            table = RelativeBias(self.num_heads, self.relative_buckets, name="relative_bias")()
+        bias = None
+        if table is not None:
+            bias = functools.partial(
+                relative_bias, table, max_distance=self.relative_max_distance, bidirectional=not self.causal
             )
         attend = functools.partial(self._attend, bias=bias, enable_dropout=enable_dropout)
 
@@ -114,6 +130,8 @@ class Attention(nn.Module):
             visible = jnp.ones((batch, 1, source.shape[1]), bool)
             if run.encoded_mask is not None:
                 visible = run.encoded_mask[:, None, :] > 0
+            if run.segment_ids is not None and run.encoded_segment_ids is not None:
+                visible = visible & (run.segment_ids[:, :, None] == run.encoded_segment_ids[:, None, :])
             out = attend(q, k, v, None, None, visible)
         elif run.decode or run.prefill:
             out = self._cached(q, k, v, run, attend)
@@ -136,7 +154,8 @@ class Attention(nn.Module):
                 out = self._blockwise(q, k, v, positions, segments, attend, regular=regular)
 
         out = out.reshape(batch, length, self.num_heads * head_dim)
-        return Dense(width, ("joined_kv", "embed"), self.use_bias, self.dtype, self.kernel_init, name="out")(out)
+        out_init = self.out_kernel_init or self.kernel_init
+        return Dense(width, ("joined_kv", "embed"), self.use_bias, self.dtype, out_init, name="out")(out)
 
     def _visible(self, q_pos: Array, k_pos: Array, q_seg: Array | None, k_seg: Array | None) -> Array:
         """Which keys [.., K] each query [.., Q] sees: bool [.., Q, K], from positions and segments."""
@@ -156,8 +175,8 @@ class Attention(nn.Module):
         q = q.reshape(*q.shape[:-2], k.shape[-2], groups, q.shape[-1])
         logits = jnp.einsum("...qhgd,...khd->...hgqk", q, k, preferred_element_type=jnp.float32)
         if bias is not None:
-            table = bias(q_pos, k_pos)  # [.., heads, Q, K]
-            logits = logits + table.reshape(*table.shape[:-3], k.shape[-2], groups, *table.shape[-2:])
+            added = bias(q_pos, k_pos)  # [.., heads, Q, K]
+            logits = logits + added.reshape(*added.shape[:-3], k.shape[-2], groups, *added.shape[-2:])
         logits = jnp.where(visible[..., None, None, :, :], logits, MASKED)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         weights = nn.Dropout(self.dropout_rate)(weights, deterministic=not enable_dropout)

@@ -173,12 +173,16 @@ class MLP(nn.Module):
       activations: names from `ACTIVATIONS`; ("gelu", "linear") is GEGLU.
       use_bias: biases on both projections.
       dropout_rate: of the hidden layer.
+      kernel_init: of the projections.
+      out_kernel_init: of the one back to the residual stream, if another.
     """
 
     hidden: int
     activations: Sequence[str] = ("gelu_tanh",)
     use_bias: bool = False
     dropout_rate: float = 0.0
+    kernel_init: Initializer = default_kernel_init
+    out_kernel_init: Initializer | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -187,11 +191,12 @@ class MLP(nn.Module):
         branches = []
         for i, name in enumerate(self.activations):
             projection = "wi" if len(self.activations) == 1 else f"wi_{i}"
-            h = Dense(self.hidden, ("embed", "mlp"), self.use_bias, self.dtype, name=projection)(x)
+            h = Dense(self.hidden, ("embed", "mlp"), self.use_bias, self.dtype, self.kernel_init, name=projection)(x)
             branches.append(ACTIVATIONS[name](h))
         h = branches[0]
         for branch in branches[1:]:
             h = h * branch
         h = constrain(h, ("batch", "length", "mlp"))
         h = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(h, deterministic=not enable_dropout)
-        return Dense(x.shape[-1], ("mlp", "embed"), self.use_bias, self.dtype, name="wo")(h)
+        out_init = self.out_kernel_init or self.kernel_init
+        return Dense(x.shape[-1], ("mlp", "embed"), self.use_bias, self.dtype, out_init, name="wo")(h)

@@ -25,6 +25,7 @@ from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.parallel.shard import shard
+from t5x_ssm.ssm.grouped import Grouped
 
 Array = jax.Array
 
@@ -38,6 +39,8 @@ class Run:
     padding_mask: Array | None = None  # [B, L]; zero or False at padding
     encoded: Array | None = None  # [B, S, D], for cross-attention
     encoded_mask: Array | None = None  # [B, S]
+    encoded_segment_ids: Array | None = None  # [B, S]; a packed document attends to the encoded one of the same id
+    bias_table: Array | None = None  # [heads, buckets], a relative bias that all layers share
     enable_dropout: bool = True
     decode: bool = False
     prefill: bool = False
@@ -58,7 +61,7 @@ class CoreAxes:
 
     Attributes:
       system: a tuple a leaf of the discretised system (a pytree prefix).
-      inputs: of the input and output sequence [B, L, H].
+      inputs: of the input and output sequence [B, L, H] ([B, L, H, G] where G inputs share each system).
       state: of each leaf of the state.
     """
 
@@ -80,27 +83,27 @@ def document_positions(segment_ids: Array) -> Array:
     return index - jax.lax.cummax(first, axis=1)
 
 
-def run_state_space(module: nn.Module, core: ModuleType, system: Any, u: Array, axes: CoreAxes, run: Run):
+def run_state_space(module: nn.Module, core: ModuleType | Grouped, system: Any, u: Array, axes: CoreAxes, run: Run):
     """Runs a state-space core in the mode that a mixer's call asks for.
 
     Called inside the mixer's compact method, because the decode state becomes a variable of that module.
 
     Args:
       module: the mixer.
-      core: a module of `t5x_ssm.ssm` with zero_state, convolve, chunked, prefill and step.
+      core: a module of `t5x_ssm.ssm` with zero_state, convolve, chunked, prefill and step, or `ssm.grouped.Grouped`.
       system: its discretised parameters.
-      u: input [B, L, H].
+      u: input [B, L, H] (grouped: [B, L, H, G]).
       axes: how the arrays may be sharded.
       run: the mode.
 
     Returns:
-      (y [B, L, H], state after the last consumed token or None).
+      (y of u's shape, state after the last consumed token or None).
     """
     batch = u.shape[0]
     if run.padding_mask is not None:
-        u = u * run.padding_mask[..., None].astype(u.dtype)
+        u = u * run.padding_mask.reshape(*u.shape[:2], *(1,) * (u.ndim - 2)).astype(u.dtype)
     inputs, per_row = axes.inputs, (axes.inputs[0],)
-    token = (axes.inputs[0], axes.inputs[2])
+    token = (axes.inputs[0], *axes.inputs[2:])
 
     if run.decode or run.prefill:
         cached = module.has_variable("cache", "state_0")

@@ -9,8 +9,9 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from t5x_ssm.layers.basic import Dense, Embed, LayerNorm
+from t5x_ssm.layers.positions import LearnedPositions
 from t5x_ssm.models.mixers import DEFAULT_MIXERS
-from t5x_ssm.models.stack import Context, Factory, Mode, Stack
+from t5x_ssm.models.stack import Context, Factory, Mode, Stack, refuse_batch_norm
 from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
@@ -28,6 +29,9 @@ class Decoder(nn.Module):
       norm: factory of the norms.
       pre_norm, dropout_rate, remat_policy, scan_layers: see `models.stack.Stack`.
       embed_dropout_rate: on the embedded tokens.
+      learned_positions: how many learned absolute positions there are, or None for none.
+      shared_bias: factory (of `layers.positions.RelativeBias`) of a relative bias that all layers with
+        `Attention.shared_bias` share, or None.
       embed_init_scale: standard deviation of the initial embedding.
       logits_via_embedding: tie the output projection to the embedding.
       dtype: of activations and projections; logits, norm statistics and state spaces are float32.
@@ -44,6 +48,8 @@ class Decoder(nn.Module):
     dropout_rate: float = 0.0
     embed_dropout_rate: float = 0.0
     embed_init_scale: float = 0.02
+    learned_positions: int | None = None
+    shared_bias: Factory | None = None
     logits_via_embedding: bool = True
     remat_policy: str = "none"
     scan_layers: bool = True
@@ -80,12 +86,25 @@ class Decoder(nn.Module):
           float32 [B, L, vocab_size].
         """
         del decoder_causal_attention, max_decode_length
+        refuse_batch_norm(self.norm)
         dropout = nn.Dropout(self.embed_dropout_rate, broadcast_dims=(-2,))
         embed = Embed(self.vocab_size, self.embed_dim, self.embed_init_scale, self.dtype, name="token_embedder")
-        x = dropout(embed(decoder_input_tokens), deterministic=not enable_dropout)
+        x = embed(decoder_input_tokens)
+        if self.learned_positions is not None:
+            embed_positions = LearnedPositions(
+                self.learned_positions, self.embed_init_scale, self.scan_layers, name="position_embedder"
+            )
+            cached = {"decode": decode, "prefill": prefill, "prefill_lengths": prefill_lengths}
+            x = embed_positions(x, decoder_positions, **cached)
+        x = dropout(x, deterministic=not enable_dropout)
         x = constrain(x, ("batch", "length", "embed"))
 
-        context = Context(segment_ids=decoder_segment_ids, positions=decoder_positions, prefill_lengths=prefill_lengths)
+        context = Context(
+            segment_ids=decoder_segment_ids,
+            positions=decoder_positions,
+            bias_table=None if self.shared_bias is None else self.shared_bias(name="relative_bias")(),
+            prefill_lengths=prefill_lengths,
+        )
         x = Stack(
             pattern=self.pattern,
             mixers={**DEFAULT_MIXERS, **self.mixers},

@@ -1,4 +1,4 @@
-"""What a network is trained for: sums of losses over tokens, from a batch with seqio's feature names."""
+"""What a network is trained for: sums of losses over tokens, from a batch with the names of seqio's feature converters."""
 
 import dataclasses
 from typing import Any
@@ -40,11 +40,11 @@ def cross_entropy(logits: Array, targets: Array, *, z_loss: float = 0.0, label_s
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """Next-token prediction with a decoder-only network.
+class _TokenObjective:
+    """Prediction of target tokens; what the objectives below share.
 
     Attributes:
-      network: the module, under T5X's decoder-only signature.
+      network: the module.
       z_loss, label_smoothing: see `cross_entropy`.
     """
 
@@ -52,23 +52,9 @@ class LanguageModel:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
 
-    def init(self, rng: Array, batch_shapes: dict[str, jax.ShapeDtypeStruct]) -> Any:
-        """Variables of the network (collections `params` and `params_axes`) for a batch of these shapes."""
-        shape = batch_shapes["decoder_input_tokens"].shape
-        tokens = jnp.ones(shape, jnp.int32)
-        return self.network.init(rng, tokens, tokens, enable_dropout=False)
-
     def logits(self, params: Any, batch: Batch, dropout_rng: Array | None = None) -> Array:
         """float32 logits [B, L, V]; dropout acts when a dropout rng is given."""
-        return self.network.apply(
-            {"params": params},
-            batch["decoder_input_tokens"],
-            batch["decoder_target_tokens"],
-            decoder_segment_ids=batch.get("decoder_segment_ids"),
-            decoder_positions=batch.get("decoder_positions"),
-            enable_dropout=dropout_rng is not None,
-            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-        )
+        raise NotImplementedError
 
     def loss_sums(self, params: Any, batch: Batch, dropout_rng: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """Loss of a batch as sums over its real tokens.
@@ -90,3 +76,44 @@ class LanguageModel:
             "weights": jnp.sum(weights),
         }
         return sums["loss"], sums
+
+    def _apply(
+        self, params: Any, inputs: tuple[Array, ...], batch: Batch, names: tuple[str, ...], dropout_rng
+    ) -> Array:
+        return self.network.apply(
+            {"params": params},
+            *inputs,
+            **{name: batch.get(name) for name in names},
+            enable_dropout=dropout_rng is not None,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+        )
+
+
+class LanguageModel(_TokenObjective):
+    """Next-token prediction with a decoder-only network, under T5X's decoder-only signature."""
+
+    def init(self, rng: Array, batch_shapes: dict[str, jax.ShapeDtypeStruct]) -> Any:
+        """Variables of the network (collections `params` and `params_axes`) for a batch of these shapes."""
+        shape = batch_shapes["decoder_input_tokens"].shape
+        tokens = jnp.ones(shape, jnp.int32)
+        return self.network.init(rng, tokens, tokens, enable_dropout=False)
+
+    def logits(self, params: Any, batch: Batch, dropout_rng: Array | None = None) -> Array:
+        tokens = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
+        return self._apply(params, tokens, batch, ("decoder_segment_ids", "decoder_positions"), dropout_rng)
+
+
+class SequenceToSequence(_TokenObjective):
+    """Prediction of a target text from an input text with an encoder-decoder, under T5X's signature of one."""
+
+    def init(self, rng: Array, batch_shapes: dict[str, jax.ShapeDtypeStruct]) -> Any:
+        """Variables of the network (collections `params` and `params_axes`) for a batch of these shapes."""
+        source, target = (
+            jnp.ones(batch_shapes[name].shape, jnp.int32) for name in ("encoder_input_tokens", "decoder_input_tokens")
+        )
+        return self.network.init(rng, source, target, target, enable_dropout=False)
+
+    def logits(self, params: Any, batch: Batch, dropout_rng: Array | None = None) -> Array:
+        tokens = batch["encoder_input_tokens"], batch["decoder_input_tokens"], batch["decoder_target_tokens"]
+        names = ("encoder_segment_ids", "decoder_segment_ids", "encoder_positions", "decoder_positions")
+        return self._apply(params, tokens, batch, names, dropout_rng)

@@ -1,6 +1,7 @@
 """A stack of layers from a pattern: residual blocks, scanned over the repeating period, with rematerialization."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from flax.struct import dataclass as pytree
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.layers.basic import LayerNorm
+from t5x_ssm.layers.batch_norm import BatchNorm
 from t5x_ssm.models import pattern as pattern_language
 from t5x_ssm.parallel.shard import constrain
 
@@ -36,6 +38,8 @@ class Context:
     padding_mask: Array | None = None
     encoded: Array | None = None
     encoded_mask: Array | None = None
+    encoded_segment_ids: Array | None = None
+    bias_table: Array | None = None
     prefill_lengths: Array | None = None
 
 
@@ -48,12 +52,24 @@ class Mode:
     prefill: bool = False
 
 
+def refuse_batch_norm(norm: Factory) -> None:
+    """Raises UserError where a network that generates is to have batch norms: their statistics contain the future."""
+    if isinstance(norm(parent=None), BatchNorm):
+        raise UserError("norm = BatchNorm sees later tokens: it is for classifiers; choose LayerNorm or RMSNorm.")
+
+
+def apply_norm(norm: nn.Module, mask: Array | None, training: bool) -> Callable[[Array], Array]:
+    """The norm as a function of the activations alone; a batch norm also sees what is real and whether this is training."""
+    return functools.partial(norm, mask=mask, training=training) if isinstance(norm, BatchNorm) else norm
+
+
 class Block(nn.Module):
-    """One layer: norm, mixer, residual; then norm, feed-forward, residual where the mixer has a feed-forward partner.
+    """One layer: norm, mixer, residual; then the same for cross-attention, and for the feed-forward block.
 
     Attributes:
       mixer: builds the mixer; its field `feed_forward` says whether a feed-forward block follows.
       mlp: builds the feed-forward block.
+      cross: builds the cross-attention of an encoder-decoder's decoder; None where there is no encoder.
       norm: builds a norm.
       pre_norm: normalize the input of each sublayer; otherwise the sum after it (post-norm).
       dropout_rate: on each sublayer's output before it joins the residual stream.
@@ -62,6 +78,7 @@ class Block(nn.Module):
     mixer: Factory
     mlp: Factory | None
     mode: Mode
+    cross: Factory | None = None
     norm: Factory = LayerNorm
     pre_norm: bool = True
     dropout_rate: float = 0.0
@@ -74,6 +91,7 @@ class Block(nn.Module):
 
         def sublayer(x, name, function):
             norm = self.norm(dtype=self.dtype, name=f"{name}_norm")
+            norm = apply_norm(norm, context.padding_mask, mode.enable_dropout)
             y = function(norm(x) if self.pre_norm else x)
             x = x + dropout(y, deterministic=not mode.enable_dropout)
             x = x if self.pre_norm else norm(x)
@@ -81,7 +99,11 @@ class Block(nn.Module):
 
         mixer = self.mixer(dtype=self.dtype, name="mixer")
         arrays = {field.name: getattr(context, field.name) for field in dataclasses.fields(context)}
-        x = sublayer(x, "mixer", lambda x: mixer(x, **arrays, **dataclasses.asdict(mode)))
+        call = arrays | dataclasses.asdict(mode)
+        x = sublayer(x, "mixer", lambda x: mixer(x, **call))
+        if self.cross is not None:
+            cross = self.cross(dtype=self.dtype, name="cross")
+            x = sublayer(x, "cross", lambda x: cross(x, **call))
         if mixer.feed_forward:
             if self.mlp is None:
                 raise UserError(
@@ -115,7 +137,7 @@ class Stack(nn.Module):
       pattern: see `models.pattern`.
       num_layers: depth; the pattern's length when None.
       mixers: from the pattern's names to mixer factories.
-      mlp, norm, pre_norm, dropout_rate: see `Block`.
+      mlp, cross, norm, pre_norm, dropout_rate: see `Block`.
       remat_policy: a key of `REMAT_POLICIES`.
       scan_layers: compile each segment once and scan; otherwise unroll (`segment_<i>_<repetition>`).
     """
@@ -124,6 +146,7 @@ class Stack(nn.Module):
     mixers: Mapping[str, Factory]
     num_layers: int | None = None
     mlp: Factory | None = None
+    cross: Factory | None = None
     norm: Factory = LayerNorm
     pre_norm: bool = True
     dropout_rate: float = 0.0
@@ -143,6 +166,7 @@ class Stack(nn.Module):
                     mixer=self.mixers[kind],
                     mlp=self.mlp,
                     mode=mode,
+                    cross=self.cross,
                     norm=self.norm,
                     pre_norm=self.pre_norm,
                     dropout_rate=self.dropout_rate,
@@ -162,7 +186,7 @@ class Stack(nn.Module):
             if self.scan_layers:
                 scanned = partitioning.scan_with_axes(
                     body,
-                    variable_axes={"params": 0, "cache": 0},
+                    variable_axes={"params": 0, "cache": 0, "batch_stats": 0},
                     split_rngs={"params": True, "dropout": True},
                     in_axes=nn.broadcast,
                     length=segment.repeats,

@@ -26,6 +26,7 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("kv", None),
     ("modes", None),  # the state of one system: N of a bank, P of S5
     ("relpos_buckets", None),
+    ("abspos_buckets", None),
     ("layers", None),
     ("stack", None),
 )

@@ -109,6 +109,25 @@ def test_cross_attention_sees_unmasked_encodings():
         np.testing.assert_allclose(y[b], expected, rtol=1e-5, atol=2e-6)
 
 
+def test_cross_attention_stays_within_packed_pairs():
+    layer, params, x = setup(cross=True)
+    encoded = np.random.default_rng(1).normal(size=(2, 7, WIDTH)).astype(np.float32)
+    pairs = np.array([[1, 1, 1, 1, 2, 2, 0], [1] * 7])
+    y = apply(
+        layer,
+        params,
+        x,
+        encoded=jnp.asarray(encoded),
+        encoded_segment_ids=jnp.asarray(pairs),
+        segment_ids=jnp.asarray(SEGMENTS),
+    )
+    p = oracles.numpy_tree(params)
+    for b in range(2):
+        visible = SEGMENTS[b][:, None] == pairs[b]
+        expected = oracles.attention(p, np.float64(x[b]), visible, num_heads=4, source=np.float64(encoded[b]))
+        np.testing.assert_allclose(y[b], expected, rtol=1e-5, atol=2e-6)
+
+
 def test_padding_is_not_seen():
     layer, params, x = setup(span="full", causal=False)
     mask = np.ones((2, LENGTH), np.int32)
@@ -138,6 +157,8 @@ def test_refusals_name_the_setting():
         ({"num_heads": 2, "cross": True}, {}, "encoded"),
         ({"num_heads": 2, "cross": True, "rotary": True}, {"encoded": x}, "rotary"),
         ({"num_heads": 3}, {}, "num_heads"),
+        ({"num_heads": 2, "shared_bias": True}, {}, "shared_bias"),
+        ({"num_heads": 2, "shared_bias": True, "relative_bias": True}, {}, "set one of them"),
     ]:
         with pytest.raises(UserError, match=message):
             Attention(**fields).init(jax.random.key(0), x, enable_dropout=False, **call)

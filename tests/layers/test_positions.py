@@ -1,12 +1,16 @@
-"""Relative buckets against values worked out by hand, rotary embedding against complex phases."""
+"""Relative buckets against values worked out by hand, rotary embedding against complex phases, learned positions."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 from tiny import random_parameters
 
-from t5x_ssm.layers.positions import RelativeBias, relative_buckets, rotate
+from t5x_ssm.errors import UserError
+from t5x_ssm.layers.positions import LearnedPositions, RelativeBias, relative_bias, relative_buckets, rotate
 
 
 @pytest.mark.parametrize(
@@ -27,12 +31,11 @@ def test_buckets_by_hand(bidirectional, relative, expected):
 
 
 def test_bias_is_looked_up_by_head_and_distance():
-    layer = RelativeBias(num_heads=3, num_buckets=8, max_distance=20)
+    layer = RelativeBias(num_heads=3, num_buckets=8)
     q_pos, k_pos = jnp.asarray([[4, 9]]), jnp.asarray([[0, 3, 4, 9, 11]])
-    variables = {"params": random_parameters(layer, q_pos, k_pos)}
-    table = np.asarray(variables["params"]["embedding"])
+    table = layer.apply({"params": random_parameters(layer)})
     assert table.shape == (3, 8)
-    bias = np.asarray(layer.apply(variables, q_pos, k_pos))
+    bias = np.asarray(relative_bias(table, q_pos, k_pos, max_distance=20, bidirectional=False))
     assert bias.shape == (1, 3, 2, 5)
     for i, q in enumerate([4, 9]):
         for j, k in enumerate([0, 3, 4, 9, 11]):
@@ -53,3 +56,27 @@ def test_rotary_turns_pairs_by_position_and_dots_see_only_distance():
 
     np.testing.assert_allclose(dot(3, 10), dot(50, 57), atol=1e-4)
     assert np.abs(dot(3, 10) - dot(3, 11)).max() > 1e-2
+
+
+@pytest.mark.parametrize("layers_first", [False, True])
+def test_learned_positions_count_what_each_row_has_read(layers_first):
+    layer = LearnedPositions(max_length=9, layers_first=layers_first)
+    x = np.zeros((2, 6, 4), np.float32)
+    params = random_parameters(layer, x)
+    table = np.asarray(params["embedding"])
+    apply = functools.partial(layer.apply, mutable=["cache"])
+    np.testing.assert_array_equal(layer.apply({"params": params}, x)[1], table[:6])
+    given = layer.apply({"params": params}, x, jnp.asarray([[0, 1, 2, 0, 1, 2]] * 2))
+    np.testing.assert_array_equal(given[0, 3:], table[:3])
+
+    _, cache = apply({"params": params}, x, decode=True)
+    (leaf,) = jax.tree.leaves(cache)
+    assert leaf.shape == ((1, 2) if layers_first else (2,)) and not np.any(leaf), "creating it consumes nothing"
+    y, cache = apply({"params": params, **cache}, x, prefill=True, prefill_lengths=jnp.asarray([2, 4]))
+    np.testing.assert_array_equal(y[0], table[:6])
+    y, cache = apply({"params": params, **cache}, x[:, :3], prefill=True, prefill_lengths=jnp.asarray([3, 1]))
+    np.testing.assert_array_equal(y, [table[2:5], table[4:7]])
+    y, cache = apply({"params": params, **cache}, x[:, :1], decode=True)
+    np.testing.assert_array_equal(y[:, 0], table[[5, 5]])
+    with pytest.raises(UserError, match="max_length = 9"):
+        layer.apply({"params": params}, np.zeros((1, 10, 4), np.float32))
