@@ -97,3 +97,104 @@ def gss_poles(key, modes: int, dtype=jnp.float32):
     """GSS: log(-Re Λ) and log Im Λ, independent standard normal, each [modes]."""
     parts = jax.random.normal(key, (2, modes), dtype)
     return parts[0], parts[1]
+
+
+S5_OUTPUTS = ("lecun_normal", "trunc_standard_normal", "complex_normal")
+
+
+class S5Start(NamedTuple):
+    """Where an S5 system with K modes and H channels starts, real arrays (2208.04933, section 3.3 and appendix B.1).
+
+    Attributes:
+      lambda_re, lambda_im: [K].
+      b_re, b_im: [K, H].
+      c_re, c_im: [H, K].
+    """
+
+    lambda_re: jax.Array
+    lambda_im: jax.Array
+    b_re: jax.Array
+    b_im: jax.Array
+    c_re: jax.Array
+    c_im: jax.Array
+
+
+def s5_start(
+    key,
+    state_size: int,
+    channels: int,
+    blocks: int = 1,
+    *,
+    conj_sym: bool = True,
+    c_init: str = "lecun_normal",
+    dtype=jnp.float32,
+) -> S5Start:
+    """S5's block-diagonal HiPPO-LegS start: J copies of LegS's normal part of size P/J, in its eigenbasis V.
+
+    B = V^H B0 for a real B0 and C = C0 V for a complex C0, both truncated normal, or C as it is. Variances over complex
+    entries: E|B|² = 1/P; E|C|² = 2/(P H), 2/P and 1 for the three `c_init`s (the first as the public code draws it).
+
+    Args:
+      key: of random numbers.
+      state_size: P, the number of real states.
+      channels: H.
+      blocks: J.
+      conj_sym: keep one mode of each conjugate pair, the one with the negative frequency: K = P/2. Otherwise K = P.
+      c_init: one of S5_OUTPUTS.
+
+    Raises:
+      ValueError: unless P is a multiple of 2 J; for an unknown c_init.
+    """
+    if blocks < 1 or state_size < 1 or state_size % (2 * blocks):
+        raise ValueError(
+            f"S5's state_size must be a positive multiple of 2·blocks (blocks of conjugate pairs), got state_size="
+            f"{state_size} and blocks={blocks}"
+        )
+    size = state_size // blocks
+    poles, _, _, vectors = legs_normal_plus_low_rank(size)
+    kept = size // 2 if conj_sym else size
+    poles, vectors = np.tile(poles[:kept], blocks), vectors[:, :kept]
+    b_key, c_key = jax.random.split(key)
+
+    b0 = jax.nn.initializers.lecun_normal()(b_key, (state_size, channels), dtype).reshape(blocks, size, channels)
+    b = [
+        jnp.einsum("sk,jsh->jkh", part.astype(dtype), b0, precision="highest").reshape(-1, channels)
+        for part in (vectors.real, -vectors.imag)
+    ]
+    c = s5_output(c_key, state_size, channels, blocks, conj_sym=conj_sym, c_init=c_init, dtype=dtype)
+    return S5Start(jnp.asarray(poles.real, dtype), jnp.asarray(poles.imag, dtype), *b, *c)
+
+
+def s5_output(
+    key,
+    state_size: int,
+    channels: int,
+    blocks: int = 1,
+    *,
+    conj_sym: bool = True,
+    c_init: str = "lecun_normal",
+    dtype=jnp.float32,
+):
+    """The real and imaginary part of C, each [H, K]; see `s5_start`. A bidirectional layer draws a second one."""
+    if c_init not in S5_OUTPUTS:
+        raise ValueError(f"unknown c_init {c_init!r}; choose from {', '.join(S5_OUTPUTS)}")
+    size = state_size // blocks
+    kept = size // 2 if conj_sym else size
+    if c_init == "complex_normal":
+        return complex_normal(key, (channels, blocks * kept), dtype=dtype)
+    # Of each component the variance 1/P, or 1/(P H) where the channels count as inputs too.
+    draw = jax.nn.initializers.variance_scaling(
+        1.0 if c_init == "trunc_standard_normal" else 1 / channels, "fan_in", "truncated_normal"
+    )
+    parts = (draw(k, (state_size, channels), dtype) for k in jax.random.split(key))
+    c0_re, c0_im = (part.reshape(blocks, size, channels) for part in parts)
+    vectors = legs_normal_plus_low_rank(size).vectors[:, :kept]
+    v_re, v_im = vectors.real.astype(dtype), vectors.imag.astype(dtype)
+
+    def into_eigenbasis(c0, v):
+        return jnp.einsum("jsh,sk->hjk", c0, v, precision="highest").reshape(channels, -1)
+
+    return (
+        into_eigenbasis(c0_re, v_re) - into_eigenbasis(c0_im, v_im),
+        into_eigenbasis(c0_re, v_im) + into_eigenbasis(c0_im, v_re),
+    )

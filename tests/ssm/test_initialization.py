@@ -61,3 +61,43 @@ def test_random_starts_have_their_distributions():
     assert abs(np.corrcoef(p, q)[0, 1]) < 0.03
     with pytest.raises(ValueError, match="0 < low <= high"):
         initialization.log_uniform(keys[0], (1,), 1.0, 0.1)
+
+
+@pytest.mark.parametrize("conj_sym", [True, False])
+def test_s5_starts_from_blocks_of_legs(conj_sym):
+    """Λ with the modes' vectors V rebuilds the block-diagonal normal part of LegS, which is what B and C are written in."""
+    state_size, blocks, channels = 24, 3, 5
+    start = initialization.s5_start(jax.random.key(0), state_size, channels, blocks, conj_sym=conj_sym)
+    size = state_size // blocks
+    a, _ = initialization.hippo_legs(size)
+    p = np.sqrt(np.arange(size) + 0.5)
+    normal = a + np.outer(p, p)
+    kept = size // 2 if conj_sym else size
+    vectors = initialization.legs_normal_plus_low_rank(size).vectors[:, :kept]
+    poles = (start.lambda_re + 1j * np.asarray(start.lambda_im)).reshape(blocks, kept)
+    for block in poles:
+        part = (vectors * block) @ vectors.conj().T
+        np.testing.assert_allclose(2 * part.real if conj_sym else part, normal, atol=1e-5 * np.abs(normal).max())
+    assert not conj_sym or np.all(poles.imag < 0)
+    # B = V^H B0 of a real B0: V B is real.
+    b = (start.b_re + 1j * np.asarray(start.b_im)).reshape(blocks, kept, channels)
+    if not conj_sym:
+        np.testing.assert_allclose((vectors @ b).imag, 0, atol=1e-6)
+    assert [leaf.shape for leaf in start] == [(blocks * kept,)] * 2 + [(blocks * kept, channels)] * 2 + [
+        (channels, blocks * kept)
+    ] * 2
+
+
+@pytest.mark.parametrize(("c_init", "variance"), [("lecun_normal", 2 / (64 * 256)), ("trunc_standard_normal", 2 / 64), ("complex_normal", 1)])  # fmt: skip
+def test_s5_variances(c_init, variance):
+    start = initialization.s5_start(jax.random.key(1), 64, 256, 4, c_init=c_init)
+    assert np.mean(start.b_re**2 + start.b_im**2) == pytest.approx(1 / 64, rel=0.06)
+    assert np.mean(start.c_re**2 + start.c_im**2) == pytest.approx(variance, rel=0.06)
+    assert abs(np.corrcoef(np.ravel(start.c_re), np.ravel(start.c_im))[0, 1]) < 0.06
+
+
+def test_s5_settings_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="multiple of 2·blocks"):
+        initialization.s5_start(jax.random.key(0), 12, 4, 4)
+    with pytest.raises(ValueError, match="choose from lecun_normal"):
+        initialization.s5_start(jax.random.key(0), 8, 4, c_init="zeros")

@@ -1,0 +1,206 @@
+"""All states of a diagonal recurrence, x[l] = Ā x[l-1] + v[l] per mode: S5's scan.
+
+The public form composes the pairs (Ā, v) by an associative scan: log L passes over complex arrays of the sequence's size.
+Here the length is cut into Q blocks of T tokens that advance side by side, so that one step is one long vector operation:
+
+  1. every block runs from zero, and only its last state is kept;
+  2. the blocks' last states pass through Ā^T, one block after another;
+  3. every block runs again, from the state that truly enters it, over its own input in place.
+
+The sequence is read twice and written once, whatever L is. The gradient is the same recurrence in reversed time with the
+conjugate Ā, so it is written once and costs the same; nothing but the states is kept for it.
+
+Shape suffixes: B batch, L length, Q blocks, T steps in a block, P modes. A complex array has an axis of two planes, real
+and imaginary, before the modes.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from t5x_ssm.ssm.double_float import Double, negate
+from t5x_ssm.ssm.powers import Pole, one_step, power
+
+# Floats of the states that advance in one step: enough that a step outlasts its start, few enough to stay in cache.
+STEP_ELEMENTS = 1 << 15
+
+
+class _Multiplier(NamedTuple):
+    """Ā as the loops use it, each field [P]: its planes as pairs of floats, and Ā^T rounded."""
+
+    re: Double
+    im: Double
+    block_re: jax.Array
+    block_im: jax.Array
+
+    def conjugate(self):
+        return _Multiplier(self.re, negate(self.im), self.block_re, -self.block_im)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def states(pole: Pole, v, state, resets=None, reverse: bool = False):
+    """The states after every token.
+
+    Args:
+      pole: log Ā, fields [P].
+      v: what enters, B̄u, as planes [B, L, 2, P].
+      state: the state before the first token (after the last one when `reverse`), [B, 2, P].
+      resets: bool [B, L], True where nothing passes between that token and the one before it, in either direction; the
+        given state of a forward run does not pass a reset at token 0. None for nowhere.
+      reverse: x[l] = Ā x[l+1] + v[l] instead.
+
+    Returns:
+      [B, L, 2, P].
+    """
+    return _forward(pole, v, state, resets, reverse)[0]
+
+
+def _forward(pole, v, state, resets, reverse):
+    block = _block_length(*v.shape)
+    multiplier = _Multiplier(*one_step(pole), *power(pole, jnp.asarray(block)))
+    x, _ = _run(multiplier, v, state, resets, block, reverse)
+    return x, (multiplier, x, state, resets)
+
+
+def _backward(reverse, residuals, x_bar):
+    multiplier, x, state, resets = residuals
+    block = _block_length(*x.shape)
+    v_bar, products = _run(multiplier.conjugate(), x_bar, jnp.zeros_like(state), resets, block, not reverse, partner=x)
+    # The last step of the adjoint, into the given state.
+    first = -1 if reverse else 0
+    entered = v_bar[:, first]
+    if resets is not None and not reverse:
+        entered = jnp.where(resets[:, 0, None, None], 0, entered)
+    state_bar = _multiply(multiplier.conjugate(), entered)
+    re, im = products[0] + jnp.sum(entered * state, (0, 1)), products[1] + _cross(entered, state)
+    # From dL/dĀ to dL/d log Ā; the phase is in turns.
+    a_re, a_im = multiplier.re.high, multiplier.im.high
+    log_decay, angle = a_re * re + a_im * im, a_re * im - a_im * re
+    pole_bar = Pole(log_decay, 2 * np.pi * angle, jnp.zeros_like(angle))
+    return pole_bar, v_bar, state_bar, None
+
+
+states.defvjp(_forward, _backward)
+
+
+def _block_length(batch, length, _, modes):
+    """T: a power of two, so that there are Q of them to fill a step and no more than T."""
+    blocks = max(1, STEP_ELEMENTS // (2 * batch * modes))
+    needed = max(-(-length // blocks), length**0.5)
+    return min(length, 1 << (int(np.ceil(needed)) - 1).bit_length())
+
+
+def _swap(x):
+    """Planes (im, re)."""
+    return x[..., ::-1, :]
+
+
+def _cross(x, y):
+    """The imaginary part of conj(y) x, summed over all but the modes."""
+    product = x * _swap(y)
+    return jnp.sum(product[..., 1, :] - product[..., 0, :], tuple(range(product.ndim - 2)))
+
+
+def _times(re, im, x):
+    return re * x + jnp.stack([-im, im]) * _swap(x)
+
+
+def _multiply(multiplier, x, plus=0.0):
+    """Ā x + plus. The low part of Ā joins the input: what it adds is far below the rounding of the large product."""
+    low = _times(multiplier.re.low, multiplier.im.low, x) + plus
+    return _times(multiplier.re.high, multiplier.im.high, x) + low
+
+
+def _run(multiplier, v, state, resets, block, reverse, partner=None):
+    """The recurrence in blocks.
+
+    Args:
+      multiplier: see `_Multiplier`.
+      v, state, resets, reverse: as in `states`.
+      block: T.
+      partner: for the gradient of Ā, the states [B, L, 2, P] of the run whose adjoint this is.
+
+    Returns:
+      The states [B, L, 2, P]; with a partner y also the real and imaginary part of Σ conj(y[l]) x[l-1] (l+1 when
+      `reverse`) where no reset is between, each [P].
+    """
+    batch, length = v.shape[:2]
+    blocks = -(-length // block)
+    # Zeros go where the run ends, so that the given state meets the first token.
+    room = blocks * block - length
+    side = (room, 0) if reverse else (0, room)
+
+    def in_blocks(x):
+        if room:
+            x = jnp.pad(x, [(0, 0), side] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch, blocks, block, *x.shape[2:])
+
+    v = in_blocks(v)
+    partner = None if partner is None else in_blocks(partner)
+    barriers = None
+    if resets is not None:
+        # In reverse it is the reset of the token after that cuts.
+        cut = jnp.pad(resets[:, 1:], [(0, 0), (0, 1)]) if reverse else resets
+        barriers = in_blocks(cut)
+
+    def at(x, t):
+        return lax.dynamic_index_in_dim(x, t, axis=2, keepdims=False)
+
+    def entering(x, t):
+        return x if barriers is None else jnp.where(at(barriers, t)[..., None, None], 0, x)
+
+    def place(i):
+        return block - 1 - i if reverse else i
+
+    zero = jnp.zeros((batch, blocks, *v.shape[3:]), v.dtype)
+    first = zero.at[:, -1 if reverse else 0].set(state)
+    if blocks > 1:
+        last = lax.fori_loop(
+            0, block, lambda i, x: _multiply(multiplier, entering(x, place(i)), at(v, place(i))), first
+        )
+        passes = None if barriers is None else ~jnp.any(barriers, axis=2)
+        first = _enter_blocks(multiplier, first, last, passes, reverse)
+
+    def step(i, carry):
+        x, out, products = carry
+        t = place(i)
+        x = entering(x, t)
+        if partner is not None:
+            y = at(partner, t)
+            products = products[0] + x * y, products[1] + x * _swap(y)
+        x = _multiply(multiplier, x, at(out, t))
+        return x, lax.dynamic_update_index_in_dim(out, x, t, axis=2), products
+
+    products = None if partner is None else (zero, zero)
+    _, out, products = lax.fori_loop(0, block, step, (first, v, products))
+    out = out.reshape(batch, blocks * block, *out.shape[3:])
+    out = out[:, room:] if reverse else out[:, :length]
+    if partner is not None:
+        along, across = (jnp.sum(p, (0, 1)) for p in products)
+        products = along[0] + along[1], across[1] - across[0]
+    return out, products
+
+
+def _enter_blocks(multiplier, first, last, passes, reverse):
+    """The states that enter the blocks.
+
+    Args:
+      multiplier: see `_Multiplier`.
+      first: [B, Q, 2, P], the given state in the block where the run begins and zero in the others.
+      last: [B, Q, 2, P], the states with which the blocks end when they begin with `first`.
+      passes: bool [B, Q], False where a reset is in the block; None where there are none.
+      reverse: blocks follow one another backwards.
+    """
+
+    def body(x, inputs):
+        given, end, passes = inputs
+        moved = _times(multiplier.block_re, multiplier.block_im, x)
+        return end + (moved if passes is None else jnp.where(passes[:, None, None], moved, 0)), given + x
+
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (first, last, passes))
+    _, entered = lax.scan(body, jnp.zeros_like(first[:, 0]), inputs, reverse=reverse)
+    return jnp.moveaxis(entered, 0, 1)
