@@ -52,22 +52,17 @@ def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, met
       u_BLH: [B, L, H] float32 (float64 under x64).
       kernel_HL: [H, K], the response at lags 0 … K-1; what is beyond L is not used, what is missing is zero.
       anticausal_HL: [H, K], adds Σ_{j > i} anticausal[h, j-i-1] u[b, j, h]: lag 0 belongs to the first kernel alone.
-      resets: bool [B, L], True where a document begins; then the sum does not reach back beyond i's document.
+      resets: bool [B, L], True where a document begins; then neither sum reaches beyond i's document.
       method: one of METHODS; None to let `select_method` choose.
 
     Returns:
       [B, L, H].
 
     Raises:
-      ValueError: for an unknown method, for "direct" with more than DIRECT_LAGS lags, or for `resets` together with
-        `anticausal_HL`.
+      ValueError: for an unknown method, or for "direct" with more than DIRECT_LAGS lags.
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"unknown convolution method {method!r}; choose method from {', '.join(METHODS)} or None")
-    if resets is not None and anticausal_HL is not None:
-        raise ValueError(
-            "a bidirectional convolution cannot be masked by documents: set resets=None or anticausal_HL=None"
-        )
     length = u_BLH.shape[1]
     document = None if resets is None else jnp.cumsum(resets, axis=1)[:, None]
     kernels = (kernel_HL,) if anticausal_HL is None else (kernel_HL, anticausal_HL)
@@ -126,7 +121,10 @@ def _sum_over_lags(document, u, kernel, anticausal=None):
             late = jnp.where(document[..., lag:] == document[..., :-lag], late, 0)
         y = y + padded(late, lag, 0)
     for lag in range(1, 1 if anticausal is None else min(anticausal.shape[-1] + 1, u.shape[-1])):
-        y = y + padded(anticausal[..., lag - 1, None] * u[..., lag:], 0, lag)
+        early = anticausal[..., lag - 1, None] * u[..., lag:]
+        if document is not None:
+            early = jnp.where(document[..., lag:] == document[..., :-lag], early, 0)
+        y = y + padded(early, 0, lag)
     return y
 
 
@@ -134,7 +132,12 @@ def _convolve(toeplitz, document, u, kernel, anticausal=None):
     """u [B, H, L], kernels [H, up to L], document int [B, 1, L] or None."""
     length = u.shape[-1]
     if document is not None:
-        return _packed(toeplitz, u, kernel, document)
+        y = _packed(toeplitz, u, kernel, document)
+        if anticausal is not None:
+            # The same backwards in time, where the lag 0 that belongs to the first kernel is zero.
+            lags = jnp.pad(anticausal, [(0, 0), (1, 0)])[:, :length]
+            y = y + _packed(toeplitz, u[..., ::-1], lags, document[..., ::-1])[..., ::-1]
+        return y
     if anticausal is not None:
         size = _power_of_two(length)
         return toeplitz(_pad(u, size), _pad(kernel, size), _pad(anticausal, size)[:, ::-1])[..., :length]
@@ -278,7 +281,7 @@ TOEPLITZ = {"fft": _toeplitz_fft, "matmul": _toeplitz_matmul}
 
 
 def _packed(toeplitz, u, kernel, document):
-    """A causal convolution that does not cross documents: u [B, H, L], kernel [H, L], document int [B, 1, L] ascending.
+    """A causal convolution that does not cross documents: u [B, H, L], kernel [H, L], document int [B, 1, L], in runs.
 
     Split in the middle: both halves are the same problem, and from the first half to the second the mask factorises. A
     token of one half and a token of the other are in one document exactly when both are in the document of the second

@@ -236,6 +236,27 @@ def convolve(system: Diagonal, u):
     return causal_convolution(_cast(system, u), _taps(system, u.shape[1])).astype(u.dtype)
 
 
+def bidirectional(system: Diagonal, backward: Diagonal, u, *, resets=None):
+    """One system over the past and the present and another over the future, by convolution.
+
+    y[l] = Σ_{s ≤ l} k[l-s] u[s] + Σ_{s > l} k'[s-l-1] u[s] + D u[l] with the kernels k of `system` and k' of `backward`, whose
+    skip is not used: the layout of bidirectional S4 and DSS, where lag 0 belongs to the forward system alone.
+
+    Args:
+      system, backward: banks of the same H channels.
+      u: [B, L, H].
+      resets: bool [B, L], True where a document begins; then no output hears another document.
+
+    Returns:
+      y [B, L, H] in u's type.
+    """
+    length = u.shape[1]
+    y = causal_convolution(
+        _cast(system, u), _taps(system, length), anticausal_HL=kernel(backward, length), resets=resets
+    )
+    return y.astype(u.dtype)
+
+
 def step(system: Diagonal, u, state):
     """One token: u [B, H] and a state to y [B, H] and the next state."""
     return _stepper(system)(u, state)

@@ -53,26 +53,53 @@ def test_two_transforms_of_half_the_size():
 @given(starts=st.sets(st.integers(0, 79)), lags=st.sampled_from([80, 20]), method=st.sampled_from(["fft", "matmul"]))
 def test_packed_documents_are_separate_documents(starts, lags, method):
     u, kernel = draw(2, 80, 3, lags)
+    _, back = draw(2, 80, 3, lags)
     resets = np.zeros((2, 80), bool)
     resets[0, sorted(starts)] = True
     with jax.enable_x64(True):
-        got = causal_convolution(jnp.asarray(u), jnp.asarray(kernel), resets=jnp.asarray(resets), method=method)
-    want = toeplitz_convolution(u, kernel, document=np.cumsum(resets, 1))
-    np.testing.assert_allclose(got, want, atol=1e-12)
+        arrays = [jnp.asarray(x) for x in (u, kernel, back, resets)]
+        got = causal_convolution(*arrays[:2], resets=arrays[3], method=method)
+        both = causal_convolution(*arrays[:2], anticausal_HL=arrays[2], resets=arrays[3], method=method)
+    document = np.cumsum(resets, 1)
+    np.testing.assert_allclose(got, toeplitz_convolution(u, kernel, document=document), atol=1e-12)
+    np.testing.assert_allclose(both, toeplitz_convolution(u, kernel, back, document), atol=1e-12)
+
+
+@pytest.mark.parametrize("lags", [1, 9, 60])
+def test_packed_documents_both_ways_at_short_lengths(lags):
+    """Written-out sums, and kernels that end before, at and behind the sequence."""
+    u, kernel = draw(2, 20, 3, lags)
+    _, back = draw(2, 20, 3, max(1, lags - 1))
+    resets = RNG.random((2, 20)) < 0.2
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in (u, kernel, back, resets)]
+        got = [
+            causal_convolution(*arrays[:2], anticausal_HL=arrays[2], resets=arrays[3], method=m) for m in (None, "fft")
+        ]
+    want = toeplitz_convolution(u, kernel, back, np.cumsum(resets, 1))
+    for y in got:
+        np.testing.assert_allclose(y, want, atol=1e-12)
 
 
 def test_nothing_leaks_between_documents_in_float32():
-    """Not even a rounding: whatever the first document holds, the second one's outputs have the same bits."""
+    """Not even a rounding: whatever one document holds, the other one's outputs have the same bits."""
     u, kernel = (x.astype(np.float32) for x in draw(1, 200, 2, 200))
+    _, back = (x.astype(np.float32) for x in draw(1, 200, 2, 200))
     resets = np.zeros((1, 200), bool)
     resets[0, 77] = True
-    other = u.copy()
-    other[:, :77] *= 1e6
-    first, second = (
-        causal_convolution(jnp.asarray(x), jnp.asarray(kernel), resets=jnp.asarray(resets)) for x in (u, other)
-    )
-    np.testing.assert_array_equal(first[:, 77:], second[:, 77:])
-    assert not np.array_equal(first[:, :77], second[:, :77])
+
+    def run(u, back):
+        back = None if back is None else jnp.asarray(back)
+        return causal_convolution(jnp.asarray(u), jnp.asarray(kernel), anticausal_HL=back, resets=jnp.asarray(resets))
+
+    early, late = u.copy(), u.copy()
+    early[:, :77] *= 1e6
+    late[:, 77:] *= 1e6
+    for anticausal in (None, back):
+        plain = run(u, anticausal)
+        np.testing.assert_array_equal(plain[:, 77:], run(early, anticausal)[:, 77:])
+        np.testing.assert_array_equal(plain[:, :77], run(late, anticausal)[:, :77])
+        assert not np.array_equal(plain[:, :77], run(early, anticausal)[:, :77])
 
 
 @pytest.mark.parametrize("method", ["fft", "matmul", None])
@@ -86,7 +113,7 @@ def test_gradients(method):
 
     def ours(u, kernel, back):
         two_sided = causal_convolution(u, kernel, anticausal_HL=back, method=method)
-        packed = causal_convolution(u, kernel, resets=jnp.asarray(resets), method=method)
+        packed = causal_convolution(u, kernel, anticausal_HL=back, resets=jnp.asarray(resets), method=method)
         short = causal_convolution(u, kernel[:, :9], method=method)
         return jnp.sum(weight * jnp.sin(two_sided + 2 * packed + 3 * short))
 
@@ -97,7 +124,7 @@ def test_gradients(method):
         near = jnp.where(lag < 9, causal, 0)
         same = document[:, :, None] == document[:, None, :]
         total = jnp.einsum("hij,bjh->bih", causal + ahead + 3 * near, u)
-        return jnp.sum(weight * jnp.sin(total + 2 * jnp.einsum("hij,bij,bjh->bih", causal, same, u)))
+        return jnp.sum(weight * jnp.sin(total + 2 * jnp.einsum("hij,bij,bjh->bih", causal + ahead, same, u)))
 
     with jax.enable_x64(True):
         args = [jnp.asarray(x) for x in (u, kernel, back)]
@@ -163,5 +190,3 @@ def test_settings_that_cannot_be_are_refused():
         causal_convolution(u, kernel, method="fast")
     with pytest.raises(ValueError, match="at most 32 lags, not 40: choose method 'fft'"):
         causal_convolution(*(jnp.asarray(x) for x in draw(1, 40, 2, 40)), method="direct")
-    with pytest.raises(ValueError, match="cannot be masked by documents"):
-        causal_convolution(u, kernel, anticausal_HL=kernel, resets=jnp.zeros((1, 8), bool))

@@ -232,6 +232,35 @@ def test_every_length_and_chunk(length):
         np.testing.assert_allclose(jax.jit(lambda p, u: diagonal.convolve(ours(p), u))(p, u), want, atol=1e-11)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_bidirectional(packed):
+    """Lag 0 belongs to the forward system; the future's part begins at the next token. Values and gradients."""
+    u, weight = normal(25, BATCH, LENGTH, CHANNELS), normal(26, BATCH, LENGTH, CHANNELS)
+    resets = normal(27, BATCH, LENGTH) > 1.2 if packed else None
+    document = jnp.cumsum(resets, 1) if packed else jnp.zeros((BATCH, LENGTH), int)
+    other = {name: normal(40 + i, *x.shape) / 2 for i, (name, x) in enumerate(s4d_parameters().items())}
+    lag = np.arange(LENGTH)[:, None] - np.arange(LENGTH)[None]
+
+    def ours(p, q, u):
+        y = diagonal.bidirectional(diagonal.s4d(**p), diagonal.s4d(**q), u, resets=resets)
+        return jnp.sum(weight * y), y
+
+    def theirs(p, q, u):
+        k, back = (oracle_kernel(oracle.s4d(x), LENGTH) for x in (p, q))
+        matrix = jnp.where(lag >= 0, k[:, np.maximum(lag, 0)], back[:, np.maximum(-lag - 1, 0)])
+        same = document[:, :, None] == document[:, None, :]
+        y = jnp.einsum("hij,bij,bjh->bih", matrix, same, u) + p["d"] * u
+        return jnp.sum(weight * y), y
+
+    with jax.enable_x64(True):
+        args = arrays((s4d_parameters(), other, u))
+        (_, got), gradient = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2), has_aux=True))(*args)
+        (_, want), want_gradient = jax.jit(jax.value_and_grad(theirs, argnums=(0, 1, 2), has_aux=True))(*args)
+    np.testing.assert_allclose(got, want, atol=1e-11)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(want_gradient), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9, err_msg=jax.tree_util.keystr(path))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # float32
 # ---------------------------------------------------------------------------------------------------------------------
