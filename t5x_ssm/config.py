@@ -120,6 +120,16 @@ def load_run(arguments: Arguments, run_file: str) -> None:
     if not files:
         raise UserError("Nothing to run: give --model_dir=RUN_FOLDER, or --gin_file=… of a model and its run.")
     load(files, arguments.bindings, arguments.search_paths)
+    if model_dir:
+        _let_override(arguments.bindings)
+
+
+def set_unless_given(**macros: str | None) -> None:
+    """Gives macros that are still required a value; one that a file or a --gin. flag has set stays, as does a value of None."""
+    for name, value in macros.items():
+        key = (name, "gin.macro")
+        if value is not None and _is_required(gin_config._CONFIG.get(key, {}).get("value", gin.REQUIRED)):
+            gin.bind_parameter(f"{name}/gin.macro.value", value)
 
 
 def training_root() -> tuple[Callable, ...]:
@@ -206,12 +216,6 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> None:
     sys.exit(status or 0)
 
 
-def _name(scope: str, selector: str) -> str:
-    """A configurable as a user writes it: scope/module.Name."""
-    minimal = gin_config._REGISTRY.minimal_selector(selector)
-    return f"{scope}/{minimal}" if scope else minimal
-
-
 def _as_gin_value(text: str) -> str:
     try:
         gin_config.parse_value(text)
@@ -225,6 +229,21 @@ def _as_gin_value(text: str) -> str:
 def _own_message(error: Exception) -> str:
     """An error's message without the lines that gin adds about who called whom."""
     return re.split(r"\n  (?:In call to configurable|No values supplied by Gin)", str(error))[0]
+
+
+def _let_override(bindings: Sequence[str]) -> None:
+    """Removes what is more specific than a binding of the command line and would hide it.
+
+    A run folder's configuration is gin's operative one, which writes each value with the scopes that it was used in
+    (NETWORK/decoder.Decoder.embed_dim).
+    """
+    for binding in bindings:
+        outer, _, target = binding.partition("=")[0].strip().rpartition("/")
+        name, _, parameter = target.rpartition(".")
+        selectors = gin_config._REGISTRY.matching_selectors(name) if name else []
+        for (scope, selector), params in gin_config._CONFIG.items():
+            if selector in selectors and scope != outer and f"/{outer}/".replace("//", "/") in f"/{scope}/":
+                params.pop(parameter, None)
 
 
 def _function(selector: str) -> Callable:
@@ -377,7 +396,8 @@ class _explained:
             hint = _nearest(parameter, [n for n in names if n not in ("parent", "name")])
         elif "No configurable matching" in text:
             name = text.split("No configurable matching '")[1].split("'")[0]
-            hint = _nearest(name, [gin_config._REGISTRY.minimal_selector(s) for s, _ in gin_config._REGISTRY.items()])
+            known = [_name(match.wrapped) for selector, match in gin_config._REGISTRY.items() if "gin." not in selector]
+            hint = _nearest(name, known)
         prefix = f"{self._where}: " if self._where else ""
         raise UserError(f"{prefix}{first}{hint}") from None
 

@@ -1,10 +1,14 @@
 """Evaluation of a checkpoint on a held-out split, at one or several lengths.
 
-    python -m t5x_ssm.eval --model_dir=RUN_FOLDER [--lengths=512,1024] [--output_dir=FOLDER]
+    python -m t5x_ssm.eval --model_dir=RUN_FOLDER [--lengths=512,1024] [--across_documents=1024] [--output_dir=FOLDER]
     python -m t5x_ssm.eval --gin_file=models/gss_192m.gin --gin_file=runs/eval.gin --gin.CHECKPOINT_PATH=… …
 
-With --model_dir the run's own configuration and newest checkpoint are taken. Prints nats per token, perplexity and bits per
-byte of every task, and writes them to `eval_results.json`, with the loss by the number of tokens before it.
+With --model_dir the run's own configuration and newest checkpoint are taken (--gin.CHECKPOINT_PATH=… takes another). Prints
+nats per token, perplexity and bits per byte of every task, and writes them to `eval_results.json`, with the loss by the number
+of tokens before it.
+
+Windows run over the ends of documents. As in training, the state is zero where a document begins; with --across_documents it is
+carried on, so that a window of length L is L tokens of context however short its documents are.
 """
 
 import argparse
@@ -29,9 +33,10 @@ from t5x_ssm.models.objectives import cross_entropy
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.parallel import rules
 from t5x_ssm.train import batch_shapes, use_compilation_cache
-from t5x_ssm.training import checkpoints
+from t5x_ssm.training import checkpoints, run_folder
 from t5x_ssm.training.metrics import summarise_sums
 from t5x_ssm.training.sharded_state import abstract_parameters
+from t5x_ssm.training.trainer import check_batch
 
 # Points of a curve over positions, evenly spaced on a logarithmic axis.
 POINTS = 24
@@ -44,6 +49,7 @@ def evaluate(
     checkpoint_path: str,
     output_dir: str,
     lengths: Sequence[int] | None = None,
+    across_documents: Sequence[int] = (),
     mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig(),
 ) -> int:
     """Evaluates every task of `dataset_cfg` and writes `eval_results.json`.
@@ -54,44 +60,59 @@ def evaluate(
       checkpoint_path: a checkpoint or a run folder.
       output_dir: where the results go.
       lengths: lengths of windows; that of `dataset_cfg` when None.
+      across_documents: lengths of windows that are also evaluated as running text, without an end of any document.
       mesh: sizes of the mesh axes.
 
     Returns:
       The exit status, 0.
     """
     use_compilation_cache()
+    folder = run_folder.local("EVAL_OUTPUT_DIR", output_dir)
     device_mesh = mesh_lib.make_mesh(mesh)
+    feed_lib.check_config(dataset_cfg, jax.process_count())
     own_length = dataset_cfg.task_feature_lengths[feed_lib.TARGETS]
     tokens = own_length * dataset_cfg.batch_size
+    shards = mesh_lib.batch_shards(device_mesh)
+    windows = [("lengths", length, dataset_cfg.pack) for length in lengths or (own_length,)]
+    windows += [("across_documents", length, False) for length in across_documents]
+    for setting, length, _ in windows:
+        if length < 1:
+            raise UserError(f"evaluate.{setting} has {length}; a window has at least 1 token.")
+    by_position = jax.jit(lambda params, batch: _sums_by_position(model, params, batch))
+    params = None
+    tables: dict[str, dict[str, dict[str, Any]]] = {"lengths": {}, "across_documents": {}}
     with jax.set_mesh(device_mesh):
-        params, step = None, None
-        table: dict[str, dict[str, dict[str, Any]]] = {}
-        for length in lengths or (own_length,):
-            rows = max(mesh_lib.batch_shards(device_mesh), tokens // length)
-            cfg = dataclasses.replace(dataset_cfg, task_feature_lengths={feed_lib.TARGETS: length}, batch_size=rows)
+        for kind, length, pack in windows:
+            cfg = dataclasses.replace(
+                dataset_cfg,
+                task_feature_lengths={feed_lib.TARGETS: length},
+                batch_size=shards * max(1, tokens // (length * shards)),
+                pack=pack,
+            )
+            shapes = batch_shapes(cfg)
+            check_batch(shapes, device_mesh, 1)
             feeds = feed_lib.open_evaluation(cfg, process_index=jax.process_index(), process_count=jax.process_count())
             if params is None:
-                abstract = abstract_parameters(model, batch_shapes(cfg), device_mesh)
-                restored = checkpoints.restore_parameters(checkpoint_path, abstract)
-                params, step = restored.params, restored.path.name.rpartition("_")[2]
+                restored = checkpoints.restore_parameters(
+                    checkpoint_path, abstract_parameters(model, shapes, device_mesh)
+                )
+                params = restored.params
                 for feed in feeds.values():
                     expected = (restored.metadata or {}).get("vocabulary", {}).get("hash")
                     feed_lib.check_vocabulary(
                         feed.vocabulary, embedding_size=model.network.vocab_size, expected_hash=expected
                     )
-            by_position = jax.jit(lambda params, batch: _sums_by_position(model, params, batch))
-            table[str(length)] = {}
+            results = tables[kind][str(length)] = {}
             for task, feed in feeds.items():
                 sums = _totals(by_position(params, _to_device(batch, device_mesh)) for batch in feed)
-                result = _summary(sums, feed.num_bytes())
-                table[str(length)][task] = result
+                results[task] = _summary(sums, feed.num_bytes())
                 if jax.process_index() == 0:
-                    print(_line(task, length, result), flush=True)
+                    print(_line(task, length, results[task], kind), flush=True)
     if jax.process_index() == 0:
-        folder = pathlib.Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "eval_results.json"
-        contents = {"checkpoint": str(restored.path), "step": step, "split": dataset_cfg.split, "lengths": table}
+        step = restored.path.name.rpartition("_")[2]
+        contents = {"checkpoint": str(restored.path), "step": step, "split": dataset_cfg.split, **tables}
         path.write_text(json.dumps(contents, indent=1) + "\n")
         print(f"written: {path}")
     return 0
@@ -136,10 +157,11 @@ def _summary(sums: dict[str, np.ndarray], num_bytes: int) -> dict[str, Any]:
     return result
 
 
-def _line(task: str, length: int, result: dict[str, Any]) -> str:
+def _line(task: str, length: int, result: dict[str, Any], kind: str) -> str:
+    running = "  across documents" if kind == "across_documents" else ""
     return (
         f"{task:28} length {length:6,}  {result['bits_per_byte']:.4f} bits/byte  {result['nats_per_token']:.4f} nats/token  "
-        f"perplexity {result['perplexity']:.3f}  accuracy {result['accuracy']:.3f}  {result['tokens']:,} tokens"
+        f"perplexity {result['perplexity']:.3f}  accuracy {result['accuracy']:.3f}  {result['tokens']:,} tokens{running}"
     )
 
 
@@ -155,33 +177,34 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m t5x_ssm.eval", description=__doc__)
     parser.add_argument("--model_dir", help="a run folder: its configuration and newest checkpoint")
     parser.add_argument("--lengths", help="comma-separated window lengths")
+    parser.add_argument(
+        "--across_documents", help="lengths to evaluate as running text, carrying the state over documents"
+    )
     parser.add_argument("--output_dir", help="where eval_results.json goes; MODEL_DIR/evaluation by default")
     arguments = config_lib.parse_arguments(argv, parser)
     options = arguments.options
     from t5x_ssm.eval import evaluate as configured
 
     config_lib.load_run(arguments, "runs/eval.gin")
-    if options.model_dir:
-        gin.bind_parameter("CHECKPOINT_PATH/gin.macro.value", options.model_dir)
-        folder = options.output_dir or str(pathlib.Path(options.model_dir) / "evaluation")
-        gin.bind_parameter("EVAL_OUTPUT_DIR/gin.macro.value", folder)
-    elif options.output_dir:
+    folder = options.model_dir and str(pathlib.Path(options.model_dir) / "evaluation")
+    config_lib.set_unless_given(CHECKPOINT_PATH=options.model_dir, EVAL_OUTPUT_DIR=folder)
+    if options.output_dir:
         gin.bind_parameter("EVAL_OUTPUT_DIR/gin.macro.value", options.output_dir)
     if options.lengths:
-        gin.bind_parameter("EVAL_LENGTHS/gin.macro.value", _lengths(options.lengths))
+        gin.bind_parameter("EVAL_LENGTHS/gin.macro.value", _lengths("lengths", options.lengths))
     config_lib.check(configured, *config_lib.training_root())
+    across = {}
+    if options.across_documents:
+        across["across_documents"] = _lengths("across_documents", options.across_documents)
     logging.info("Evaluating %s", gin.query_parameter("CHECKPOINT_PATH/gin.macro.value"))
-    return gin.get_configurable(configured)()
+    return gin.get_configurable(configured)(**across)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _lengths(flag: str, text: str) -> tuple[int, ...]:
     try:
-        lengths = tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
-        lengths = ()
-    if not lengths or min(lengths) < 1:
-        raise UserError(f"--lengths={text}: give positive integers, separated by commas.")
-    return lengths
+        raise UserError(f"--{flag}={text}: give positive integers, separated by commas.") from None
 
 
 if __name__ == "__main__":

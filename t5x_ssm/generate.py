@@ -186,8 +186,7 @@ def main(argv: Sequence[str]) -> int:
     from t5x_ssm.generate import open_writer as configured
 
     config_lib.load_run(arguments, "runs/generate.gin")
-    if options.model_dir:
-        gin.bind_parameter("CHECKPOINT_PATH/gin.macro.value", options.model_dir)
+    config_lib.set_unless_given(CHECKPOINT_PATH=options.model_dir)
     config_lib.check(configured, *config_lib.training_root())
 
     prompt = "" if options.unconditional else options.prompt

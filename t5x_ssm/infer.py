@@ -32,6 +32,7 @@ from t5x_ssm.generate import restore_network
 from t5x_ssm.inference.decoding import PAD, Generator
 from t5x_ssm.inference.sampling import Sampling
 from t5x_ssm.inference.scoring import DocumentScorer
+from t5x_ssm.training import run_folder
 
 MODES = ("predict", "score")
 # Tokens drawn between two looks of the host; nobody watches them come.
@@ -102,7 +103,7 @@ def infer(
         feed_lib.check_vocabulary(task.description, embedding_size=model.network.vocab_size, expected_hash=trained_with)
     generator = Generator(model.network, restored.params)
     scorer = DocumentScorer(model.network, restored.params)
-    folder = pathlib.Path(output_dir)
+    folder = run_folder.local("INFER_OUTPUT_DIR", output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         examples: Iterable[Example] = itertools.islice(task, num_examples)
@@ -216,13 +217,11 @@ def main(argv: Sequence[str]) -> int:
     from t5x_ssm.infer import infer as configured
 
     config_lib.load_run(arguments, "runs/infer.gin")
-    macros = {"INFER_TASK": options["task"], "CHECKPOINT_PATH": options["model_dir"]}
-    macros["INFER_OUTPUT_DIR"] = options["output_dir"] or (
-        options["model_dir"] and str(pathlib.Path(options["model_dir"]) / "inference")
-    )
-    for name, value in macros.items():
-        if value:
-            gin.bind_parameter(f"{name}/gin.macro.value", value)
+    folder = options["model_dir"] and str(pathlib.Path(options["model_dir"]) / "inference")
+    config_lib.set_unless_given(CHECKPOINT_PATH=options["model_dir"], INFER_OUTPUT_DIR=folder)
+    for macro, flag in (("INFER_TASK", "task"), ("INFER_OUTPUT_DIR", "output_dir")):
+        if options[flag]:
+            gin.bind_parameter(f"{macro}/gin.macro.value", options[flag])
     config_lib.check(configured, *config_lib.training_root())
     parameters = inspect.signature(configured).parameters
     flags = {name: value for name, value in options.items() if name in parameters and value is not None}

@@ -82,7 +82,7 @@ def train(
     """
     use_compilation_cache()
     check_counts(total_steps, eval_steps, eval_period)
-    folder = pathlib.Path(model_dir)
+    folder = run_folder.local("MODEL_DIR", model_dir)
     main = jax.process_index() == 0
     device_mesh = mesh_lib.make_mesh(mesh)
     with preemption.StopRequest() as stop, run_folder.locked(folder):

@@ -115,6 +115,8 @@ def adamw(
       clip_global_norm: largest norm of all gradients together; None does not clip.
       mu_dtype: type of the first moment; float32 if None.
     """
+    if mu_dtype not in (None, "float32", "bfloat16", jnp.float32, jnp.bfloat16):
+        raise UserError(f"adamw.mu_dtype = {mu_dtype!r}; it must be 'float32', 'bfloat16' or None.")
 
     def scale(group: ParameterGroup) -> optax.GradientTransformation:
         del group

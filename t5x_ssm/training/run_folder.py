@@ -8,13 +8,14 @@
       checkpoint_<step>.orbax-checkpoint-tmp/   one being written, or what a killed run left of it
       bad/checkpoint_<step>-<n>/                checkpoints that could not be read; beside each, why
 
-Folders may be local, or in any store that `etils.epath` and Orbax reach.
+A run is written to a file system (`local`); checkpoints are also read from any store that `etils.epath` and Orbax reach.
 """
 
 import contextlib
 import errno
 import json
 import os
+import pathlib
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,20 @@ def located(path: epath.PathLike) -> epath.Path:
     """`path` as Orbax wants it: absolute, unless it names a store (gs://…)."""
     text = os.fspath(path)
     return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def local(setting: str, folder: str) -> pathlib.Path:
+    """`folder` as a path of a file system, for what is written line by line and replaced in place.
+
+    Raises:
+      RunFolderError: it names an object store, where neither can be done.
+    """
+    if "://" in folder:
+        raise RunFolderError(
+            f"{setting} = {folder!r}: files are appended to and locked there, which object stores cannot do. Give a folder "
+            "of a file system that every host sees, such as the bucket mounted with Cloud Storage FUSE, or NFS."
+        )
+    return pathlib.Path(folder)
 
 
 def make(model_dir: epath.PathLike) -> None:
@@ -136,8 +151,10 @@ def find_checkpoint(path: epath.PathLike, mode: str = "latest") -> epath.Path:
     """
     path = located(path)
     if not path.exists():
+        there = ", ".join(checkpoint_path(path.parent, step).name for step in checkpoint_steps(path.parent))
         raise CheckpointError(
-            f"{path} does not exist; RestoreCheckpointConfig.path must name a checkpoint or a run folder."
+            f"{path} does not exist; give a checkpoint or a run folder."
+            + (f" {path.parent} holds {there}." if there else "")
         )
     if (path / "state").is_dir():
         return path
