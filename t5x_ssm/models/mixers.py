@@ -5,14 +5,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from t5x_ssm.layers.attention import Attention
+from t5x_ssm.layers.dss import DSS
 from t5x_ssm.layers.gss import GSS
 from t5x_ssm.layers.h3 import H3
+from t5x_ssm.layers.s4 import S4, S4D
 from t5x_ssm.models.stack import Factory
 
 DEFAULT_MIXERS: Mapping[str, Factory] = MappingProxyType(
     {
         "gss": GSS,
         "h3": H3,
+        "s4": S4,
+        "s4d": S4D,
+        "dss": DSS,
         "attn": functools.partial(Attention, span="full"),
         "swa": functools.partial(Attention, span="sliding"),
         "chunk": functools.partial(Attention, span="chunk"),

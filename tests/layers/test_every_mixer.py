@@ -12,8 +12,10 @@ from flax.linen import partitioning
 from tiny import draw, jit, shapes
 
 from t5x_ssm.layers.attention import Attention
+from t5x_ssm.layers.dss import DSS
 from t5x_ssm.layers.gss import GSS
 from t5x_ssm.layers.h3 import H3
+from t5x_ssm.layers.s4 import S4, S4D
 from t5x_ssm.parallel import rules
 
 WIDTH, LENGTH = 8, 12
@@ -40,6 +42,9 @@ MIXERS = {
     "gss": Case(functools.partial(GSS, channels=4, hidden=12, state_size=3)),
     "h3": Case(functools.partial(H3, state_size=4)),
     "h3 heads": Case(functools.partial(H3, head_dim=2, state_size=4)),
+    "s4": Case(functools.partial(S4, state_size=4)),
+    "s4d": Case(functools.partial(S4D, state_size=4, output="linear")),
+    "dss": Case(functools.partial(DSS, state_size=3)),
     "attn": Case(functools.partial(Attention, num_heads=4, num_kv_heads=2, relative_bias=True, relative_buckets=6)),
     "swa": Case(functools.partial(Attention, num_heads=2, span="sliding", window=4, rotary=True), reach=4),
     "chunk": Case(functools.partial(Attention, num_heads=2, span="chunk", window=5, relative_bias=True), chunk=5),
