@@ -9,6 +9,7 @@ from t5x_ssm.layers.dss import DSS
 from t5x_ssm.layers.gss import GSS
 from t5x_ssm.layers.h3 import H3
 from t5x_ssm.layers.s4 import S4, S4D
+from t5x_ssm.layers.spade import Spade
 from t5x_ssm.models.stack import Factory
 
 DEFAULT_MIXERS: Mapping[str, Factory] = MappingProxyType(
@@ -19,6 +20,7 @@ DEFAULT_MIXERS: Mapping[str, Factory] = MappingProxyType(
         "s4d": S4D,
         "dss": DSS,
         "attn": functools.partial(Attention, span="full"),
+        "spade": functools.partial(Spade, attention=functools.partial(Attention, span="sliding")),
         "swa": functools.partial(Attention, span="sliding"),
         "chunk": functools.partial(Attention, span="chunk"),
     }
