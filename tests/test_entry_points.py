@@ -79,6 +79,22 @@ def test_evaluation_reads_every_byte_at_every_length(run_folder, capsys):
 
 
 @pytest.mark.slow
+def test_a_state_can_be_carried_across_documents(run_folder, tmp_path):
+    """The flag gives what running text (pack=False) gives, beside windows whose documents are apart."""
+    length = 4 * LENGTH
+    command = [f"--model_dir={run_folder}", f"--lengths={length}", f"--output_dir={tmp_path}"]
+    results = []
+    for more in ([f"--across_documents={length}"], ["--gin.train_eval/feed.DatasetConfig.pack=False"]):
+        assert evaluation.main([*command, *more]) == 0
+        results.append(json.loads((tmp_path / "eval_results.json").read_text()))
+    both, running = results
+    apart, across = (both[kind][str(length)]["embedded_books"] for kind in ("lengths", "across_documents"))
+    assert across == running["lengths"][str(length)]["embedded_books"] and not running["across_documents"]
+    assert (across["tokens"], across["bytes"]) == (apart["tokens"], apart["bytes"])
+    assert 0 < abs(across["nats_per_token"] - apart["nats_per_token"]) < 0.2
+
+
+@pytest.mark.slow
 def test_generation_continues_the_prompt_and_repeats_itself_with_a_seed(run_folder, capsys):
     command = [f"--model_dir={run_folder}", "--prompt=The", "--max_new_tokens=8", "--seed=3"]
     texts = []
