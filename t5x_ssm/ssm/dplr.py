@@ -126,29 +126,33 @@ def _coupling(system: DPLR):
 
 
 def _from_left(alpha, s):
-    """diag(α) S for complex α, a pair [H, N], and a real matrix S [H, M, M] on [re; im]."""
+    """diag(α) S for complex α, a pair of [..., N], and a real matrix S on [re; im], [..., M, M]."""
     top, bottom = jnp.split(s, 2, axis=-2)
-    return jnp.concatenate(multiply(alpha[0][:, :, None], alpha[1][:, :, None], top, bottom), axis=-2)
+    return jnp.concatenate(multiply(*(x[..., :, None] for x in alpha), top, bottom), axis=-2)
 
 
 def _from_right(alpha, s):
     """S diag(α); arguments as `_from_left`."""
     left, right = jnp.split(s, 2, axis=-1)
-    return jnp.concatenate(multiply(alpha[0][:, None], -alpha[1][:, None], left, right), axis=-1)
+    re, im = (x[..., None, :] for x in alpha)
+    return jnp.concatenate(multiply(re, -im, left, right), axis=-1)
 
 
 def _powers(system: DPLR, count: int):
-    """Ā^{2^k} - I for k = 0 … count-1, each [H, M, M]: less the identity, which keeps the digits of slow systems."""
-    modes = system.c_re.shape[-1]
-    identity = jnp.eye(2 * modes, dtype=system.c_re.dtype)
-    powers = []
-    s = _coupling(system) if count else None
-    for k in range(count):
-        alpha = power_minus_one(system.pole, jnp.asarray(1 << k))
-        powers.append(s + _from_left(alpha, identity[None]))
-        if k + 1 < count:
-            s = 2 * s + _from_left(alpha, s) + _from_right(alpha, s) + _product("hij,hjk->hik", s, s)
-    return powers
+    """Ā^{2^k} - I for k = 0 … count-1, [count, H, M, M]: less the identity, which keeps the digits of slow systems."""
+    exponents = jnp.asarray(1 << np.arange(count), jnp.int32)
+    alpha = tuple(jnp.moveaxis(x, -1, 0) for x in power_minus_one(system.pole, exponents))  # ā^{2^k} - 1, [count, H, N]
+    first = _coupling(system)
+
+    def square(s, alpha):
+        s = 2 * s + _from_left(alpha, s) + _from_right(alpha, s) + _product("hij,hjk->hik", s, s)
+        return s, s
+
+    couplings = first[None]
+    if count > 1:
+        _, later = lax.scan(square, first, jax.tree.map(lambda x: x[:-1], alpha))
+        couplings = jnp.concatenate([couplings, later])
+    return couplings[:count] + _from_left(alpha, jnp.eye(first.shape[-1], dtype=first.dtype))
 
 
 def _tile_bits(length: int) -> int:
@@ -364,13 +368,13 @@ class _Tables(NamedTuple):
     """What `chunked` and `prefill` need for up to L tokens.
 
     Attributes:
-      powers: Ā^{2^k} - I, [H, M, M] each, for every bit of L.
+      powers: Ā^{2^k} - I for every bit of L, [bits, H, M, M].
       inputs: Ā^r B̄ for r = 0 … T-1, [H, M, T].
       outputs: C Ā^{r+1} for r = 0 … T-1, [H, T, M].
       taps: the impulse response with the skip, [H, L].
     """
 
-    powers: list[jax.Array]
+    powers: jax.Array
     inputs: jax.Array
     outputs: jax.Array
     taps: jax.Array
@@ -464,8 +468,11 @@ def _advance(tables: _Tables, backwards, lengths, state):
     total = states[:, :, 0]
     if state is not None:
         old = jnp.concatenate(state, axis=-1)
-        for k, power in enumerate(tables.powers):
-            moved = old + _product("hij,bhj->bhi", power, old)
-            old = jnp.where((lengths >> k & 1)[:, None, None] > 0, moved, old)
-        total = total + old
+        bits = lengths >> jnp.arange(len(tables.powers))[:, None] & 1
+
+        def age(old, inputs):
+            power, bit = inputs
+            return jnp.where(bit[:, None, None] > 0, old + _product("hij,bhj->bhi", power, old), old), None
+
+        total = total + lax.scan(age, old, (tables.powers, bits))[0]
     return tuple(jnp.split(total, 2, axis=-1))
