@@ -15,8 +15,8 @@ and a power of two of it is well conditioned as a dense real matrix,
 where the diagonal is exact at any length and only what the low rank adds is squared. From these come short tables of Ā^r B̄
 and C Ā^{qT}, and a kernel, a final state or the ringing of an initial one is a real matrix product of tables.
 
-Cost in multiplications a channel: 2M³ for each of the log₂ L powers; M a lag for the kernel; `chunked` and `prefill` 2M
-a token and row and 2M² a tile of √L tokens; `scan` and `step` 5M a token that do not parallelise over the length.
+Cost in multiplications a channel: M³ for each of the log₂ L powers; M a lag for the kernel; `chunked` and `prefill` 2M
+a token and row and 2M² a tile of √L tokens; `scan` and `step` 8M a token that do not parallelise over the length.
 
 Shape suffixes: B batch, H channels, N kept modes, M = 2N real components, L length, T steps in a tile, Q tiles.
 """
