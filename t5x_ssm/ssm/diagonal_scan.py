@@ -22,23 +22,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from t5x_ssm.ssm.double_float import Double, negate
-from t5x_ssm.ssm.powers import Pole, one_step, power
+from t5x_ssm.ssm.powers import Pole, multiply, power
 
 # Floats of the states that advance in one step: enough that a step outlasts its start, few enough to stay in cache.
 STEP_ELEMENTS = 1 << 15
 
+# Ā^T is exact to one rounding and Ā itself is off by half a unit, so that only the steps inside a block can add up: to at
+# most 256 times 2⁻²⁵, whatever the length.
+LONGEST_BLOCK = 256
+
 
 class _Multiplier(NamedTuple):
-    """Ā as the loops use it, each field [P]: its planes as pairs of floats, and Ā^T rounded."""
+    """Ā and Ā^T in planes, each field [P]."""
 
-    re: Double
-    im: Double
+    re: jax.Array
+    im: jax.Array
     block_re: jax.Array
     block_im: jax.Array
 
     def conjugate(self):
-        return _Multiplier(self.re, negate(self.im), self.block_re, -self.block_im)
+        return _Multiplier(self.re, -self.im, self.block_re, -self.block_im)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -61,7 +64,8 @@ def states(pole: Pole, v, state, resets=None, reverse: bool = False):
 
 def _forward(pole, v, state, resets, reverse):
     block = _block_length(*v.shape)
-    multiplier = _Multiplier(*one_step(pole), *power(pole, jnp.asarray(block)))
+    re, im = power(pole, jnp.array([1, block]))
+    multiplier = _Multiplier(re[:, 0], im[:, 0], re[:, 1], im[:, 1])
     x, _ = _run(multiplier, v, state, resets, block, reverse)
     return x, (multiplier, x, state, resets)
 
@@ -75,11 +79,10 @@ def _backward(reverse, residuals, x_bar):
     entered = v_bar[:, first]
     if resets is not None and not reverse:
         entered = jnp.where(resets[:, 0, None, None], 0, entered)
-    state_bar = _multiply(multiplier.conjugate(), entered)
+    state_bar = _times(multiplier.re, -multiplier.im, entered)
     re, im = products[0] + jnp.sum(entered * state, (0, 1)), products[1] + _cross(entered, state)
     # From dL/dĀ to dL/d log Ā; the phase is in turns.
-    a_re, a_im = multiplier.re.high, multiplier.im.high
-    log_decay, angle = a_re * re + a_im * im, a_re * im - a_im * re
+    log_decay, angle = multiply(re, im, multiplier.re, -multiplier.im)
     pole_bar = Pole(log_decay, 2 * np.pi * angle, jnp.zeros_like(angle))
     return pole_bar, v_bar, state_bar, None
 
@@ -91,7 +94,7 @@ def _block_length(batch, length, _, modes):
     """T: a power of two, so that there are Q of them to fill a step and no more than T."""
     blocks = max(1, STEP_ELEMENTS // (2 * batch * modes))
     needed = max(-(-length // blocks), length**0.5)
-    return min(length, 1 << (int(np.ceil(needed)) - 1).bit_length())
+    return min(length, LONGEST_BLOCK, 1 << (int(np.ceil(needed)) - 1).bit_length())
 
 
 def _swap(x):
@@ -106,13 +109,8 @@ def _cross(x, y):
 
 
 def _times(re, im, x):
+    """The complex product with numbers [P]."""
     return re * x + jnp.stack([-im, im]) * _swap(x)
-
-
-def _multiply(multiplier, x, plus=0.0):
-    """Ā x + plus. The low part of Ā joins the input: what it adds is far below the rounding of the large product."""
-    low = _times(multiplier.re.low, multiplier.im.low, x) + plus
-    return _times(multiplier.re.high, multiplier.im.high, x) + low
 
 
 def _run(multiplier, v, state, resets, block, reverse, partner=None):
@@ -153,15 +151,16 @@ def _run(multiplier, v, state, resets, block, reverse, partner=None):
     def entering(x, t):
         return x if barriers is None else jnp.where(at(barriers, t)[..., None, None], 0, x)
 
+    def advance(x, v):
+        return _times(multiplier.re, multiplier.im, x) + v
+
     def place(i):
         return block - 1 - i if reverse else i
 
     zero = jnp.zeros((batch, blocks, *v.shape[3:]), v.dtype)
     first = zero.at[:, -1 if reverse else 0].set(state)
     if blocks > 1:
-        last = lax.fori_loop(
-            0, block, lambda i, x: _multiply(multiplier, entering(x, place(i)), at(v, place(i))), first
-        )
+        last = lax.fori_loop(0, block, lambda i, x: advance(entering(x, place(i)), at(v, place(i))), first)
         passes = None if barriers is None else ~jnp.any(barriers, axis=2)
         first = _enter_blocks(multiplier, first, last, passes, reverse)
 
@@ -172,7 +171,7 @@ def _run(multiplier, v, state, resets, block, reverse, partner=None):
         if partner is not None:
             y = at(partner, t)
             products = products[0] + x * y, products[1] + x * _swap(y)
-        x = _multiply(multiplier, x, at(out, t))
+        x = advance(x, at(out, t))
         return x, lax.dynamic_update_index_in_dim(out, x, t, axis=2), products
 
     products = None if partner is None else (zero, zero)

@@ -14,6 +14,10 @@ from t5x_ssm.ssm.powers import Pole, multiply, power_minus_one
 # |Ā|² where the bilinear rule maps a pole to zero itself, so that its logarithm exists.
 _SMALLEST_SQUARE = 1e-30
 
+# Gauss and Legendre's quadrature on [0, 1], exact to 10⁻¹⁶ for e^{sz} with |z| < 0.1.
+_NODES, _WEIGHTS = (a / 2 for a in np.polynomial.legendre.leggauss(4))
+_NODES = _NODES + 0.5
+
 
 def divide(a_re, a_im, b_re, b_im):
     """The complex quotient of two pairs of real arrays, as a pair."""
@@ -44,7 +48,7 @@ def zoh(lambda_re, lambda_im, step, step_im=None) -> tuple[Pole, tuple]:
     step_im = step if step_im is None else double(step_im)
     angle = double_float.multiply(step_im, lambda_im)
     pole = _pole(step.high * lambda_re, angle)
-    z = step.high * lambda_re, angle.high
+    z = step.high * lambda_re, step_im.high * lambda_im.high
     gain = _exponential_quotient(pole, *z)
     if step_im is step:
         return pole, (step.high * gain[0], step.high * gain[1])
@@ -52,15 +56,13 @@ def zoh(lambda_re, lambda_im, step, step_im=None) -> tuple[Pole, tuple]:
 
 
 def _exponential_quotient(pole: Pole, z_re, z_im):
-    """(e^z - 1)/z for z = log Ā: by its series where z is small and the derivative of the quotient would cancel."""
+    """(e^z - 1)/z for z = log Ā. Where z is small the derivative of the quotient would cancel: there it is ∫₀¹ e^{sz} ds."""
     small = jnp.square(z_re) + jnp.square(z_im) < 0.01
-    series_re, series_im = jnp.ones_like(z_re), jnp.zeros_like(z_im)
-    near_re, near_im = jnp.where(small, z_re, 0), jnp.where(small, z_im, 0)
-    for n in range(9, 1, -1):  # 1 + z/2 (1 + z/3 (1 + …))
-        series_re, series_im = multiply(series_re, series_im, near_re / n, near_im / n)
-        series_re = series_re + 1
+    near_re, near_im = (jnp.where(small, z, 0)[..., None] * _NODES.astype(z.dtype) for z in (z_re, z_im))
+    size = jnp.exp(near_re) * _WEIGHTS.astype(z_re.dtype)
+    near = jnp.sum(size * jnp.cos(near_im), axis=-1), jnp.sum(size * jnp.sin(near_im), axis=-1)
     far = divide(*power_minus_one(pole, jnp.ones((), jnp.int32)), jnp.where(small, 1, z_re), jnp.where(small, 0, z_im))
-    return jnp.where(small, series_re, far[0]), jnp.where(small, series_im, far[1])
+    return jnp.where(small, near[0], far[0]), jnp.where(small, near[1], far[1])
 
 
 def bilinear(lambda_re, lambda_im, step) -> tuple[Pole, tuple]:

@@ -124,12 +124,18 @@ def exp(x) -> Double:
     index, octave = jnp.mod(slices, _SLICES_OF_OCTAVE), jnp.floor_divide(slices, _SLICES_OF_OCTAVE)
     root = Double(*(part[index] for part in constant(2 ** (np.arange(_SLICES_OF_OCTAVE) / _SLICES_OF_OCTAVE), x.dtype)))
     value = add(root, multiply(root, growth))
-    return _with_derivative_of(simple, Double(jnp.ldexp(value.high, octave), jnp.ldexp(value.low, octave)))
+    # The high part is the plain exponential, so that only what needs the low part pays for it once compiled.
+    low = (jnp.ldexp(value.high, octave) - lax.stop_gradient(simple)) + jnp.ldexp(value.low, octave)
+    return Double(simple, low)
 
 
 def reduce_turns(turns: Double) -> Double:
     """An angle in turns less its nearest whole number of turns."""
-    return add(turns, -lax.stop_gradient(jnp.round(turns.high)))
+    # Remainders are exact; and a compiler keeps them rather than repeat them with all that leads to them.
+    one = jnp.ones_like(turns.high)
+    rest = _sum_of_floats(lax.rem(turns.high, one), lax.rem(turns.low, one))
+    exact = _sum_of_floats(rest.high - jnp.round(rest.high), rest.low)
+    return _with_derivative_of(turns.high, exact)
 
 
 _SECTORS = 256

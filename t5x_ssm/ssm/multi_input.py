@@ -265,13 +265,14 @@ def step(system: MultiInput, u, state):
     return _leave(system, _planes(state), u), state
 
 
-def bidirectional(system: MultiInput, backward_c, u, *, resets=None):
+def bidirectional(system: MultiInput, backward: MultiInput, u, *, resets=None):
     """y[l] = Re(C x[l] + C' x'[l]) + D u[l], where x' runs backwards: x'[l] = Ā x'[l+1] + B̄ u[l].
 
     Both states hold the current token.
 
     Args:
-      backward_c: real and imaginary part of C', each [H, P], with the factor 2 where the system's C has it.
+      system: the system.
+      backward: the same system with the matrix C' for C; nothing else of it is read.
       u: [B, L, H].
       resets: bool [B, L], True where a document begins; no state of either direction passes there.
 
@@ -280,5 +281,5 @@ def bidirectional(system: MultiInput, backward_c, u, *, resets=None):
     """
     zero = _planes(zero_state(system, u.shape[0]))
     v = _enter(system, u)
-    forward, backward = (states(system.pole, v, zero, resets, reverse) for reverse in (False, True))
-    return _leave(system, forward, u, (backward_c, backward))
+    ahead, back = (states(system.pole, v, zero, resets, reverse) for reverse in (False, True))
+    return _leave(system, ahead, u, ((backward.c_re, backward.c_im), back))

@@ -164,7 +164,9 @@ def test_bidirectional():
 
     def ours(p, u):
         p, c2 = split(p)
-        return multi_input.bidirectional(multi_input.s5(**p), c2, u, resets=jnp.asarray(resets))
+        system = multi_input.s5(**p)
+        backward = system._replace(c_re=c2[0], c_im=c2[1])
+        return multi_input.bidirectional(system, backward, u, resets=jnp.asarray(resets))
 
     def theirs(p, u):
         p, c2 = split(p)
