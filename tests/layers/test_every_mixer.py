@@ -13,9 +13,11 @@ from tiny import draw, jit, shapes
 
 from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.dss import DSS
+from t5x_ssm.layers.gated_operator import GatedOperator
 from t5x_ssm.layers.gss import GSS
 from t5x_ssm.layers.h3 import H3
 from t5x_ssm.layers.s4 import S4, S4D, S4StateSpace
+from t5x_ssm.layers.s5 import S5, S5StateSpace
 from t5x_ssm.layers.spade import Spade
 from t5x_ssm.parallel import rules
 
@@ -52,6 +54,10 @@ MIXERS = {
             state_space=functools.partial(S4StateSpace, state_size=4, step_min=0.1, step_max=0.5),
             attention=functools.partial(Attention, num_heads=2, span="sliding", window=4, relative_bias=True),
         )
+    ),
+    "s5": Case(functools.partial(S5, state_size=4)),
+    "s5op": Case(
+        functools.partial(GatedOperator, state_space=functools.partial(S5StateSpace, state_size=6, conj_sym=False))
     ),
     "attn": Case(functools.partial(Attention, num_heads=4, num_kv_heads=2, relative_bias=True, relative_buckets=6)),
     "swa": Case(functools.partial(Attention, num_heads=2, span="sliding", window=4, rotary=True), reach=4),
