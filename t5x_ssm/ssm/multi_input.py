@@ -114,18 +114,25 @@ def _matmul(x, matrix, activations):
     return jnp.dot(x, matrix, precision=precision)
 
 
+# The projections see all tokens as rows of one matrix, and their own matrices are put together from transposed parts. Then
+# the gradient of a matrix is (rows of inputs)ᵀ (rows of cotangents); as its transpose, which XLA on CPU prefers for
+# batched rows or for transposed whole matrices, it would begin by transposing the sequence.
+
+
 def _enter(system: MultiInput, u):
     """B̄u as planes: [..., H] to [..., 2, P]."""
-    matrix = jnp.concatenate([system.b_re, system.b_im]).T  # [H, 2P]
-    return _matmul(_cast(system, u), matrix, u).reshape(*u.shape[:-1], 2, -1)
+    matrix = jnp.concatenate([system.b_re.T, system.b_im.T], axis=1)  # [H, 2P]
+    return _matmul(_cast(system, u).reshape(-1, u.shape[-1]), matrix, u).reshape(*u.shape[:-1], 2, -1)
 
 
 def _leave(system: MultiInput, x, u, backward=None):
     """Re(C x) + D u: planes [..., 2, P] to [..., H]; `backward` is another (C, x), whose contribution is added."""
     pairs = [(system.c_re, system.c_im, x)] + ([] if backward is None else [(*backward[0], backward[1])])
-    planes = jnp.concatenate([x.reshape(*x.shape[:-2], -1) for *_, x in pairs], axis=-1)
-    matrix = jnp.concatenate([part for re, im, _ in pairs for part in (re, -im)], axis=1).T
-    return (_matmul(planes, matrix, u) + system.d * _cast(system, u)).astype(u.dtype)
+    rows = _cast(system, u).reshape(-1, u.shape[-1])
+    y = system.d * rows
+    for c_re, c_im, planes in pairs:
+        y = y + _matmul(planes.reshape(len(rows), -1), jnp.concatenate([c_re.T, -c_im.T]), u)
+    return y.reshape(u.shape).astype(u.dtype)
 
 
 def _planes(state):
