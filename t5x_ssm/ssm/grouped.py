@@ -5,7 +5,6 @@ suffixes: B batch, L length, H systems of the bank, G members of a group.
 """
 
 import dataclasses
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,11 +16,11 @@ class Grouped:
     """A core whose inputs are [B, L, H, G] (one token: [B, H, G]) and whose state leaves are [B, G, …].
 
     Attributes:
-      core: a module such as `ssm.diagonal`.
+      core: a module such as `ssm.diagonal`, which gives the ways to run.
       size: G.
     """
 
-    core: ModuleType
+    core: Any
     size: int
 
     def zero_state(self, system: Any, batch_size: int) -> Any:
