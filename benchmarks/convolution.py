@@ -3,8 +3,7 @@
 Forward and backward of y = k * u at batch 4 and 64 channels in float32, in turns: ours as `causal_convolution` selects it, the
 textbook form in `jnp.fft` (real transforms of twice the length), and, where they are installed, PyTorch's and SciPy's FFT doing the
 same (SciPy's backward pass written out by hand). Ratios above 1 say how many times faster ours is. Beside it, what a token costs at
-65,536 over 4,096 tokens, and H3's gated convolution q * (k * (u v)) with both products inside the convolution against the same
-with them outside. Writes benchmarks/results/convolution.json.
+65,536 over 4,096 tokens of the plain transform alone. Writes benchmarks/results/convolution.json.
 """
 
 import argparse
@@ -116,42 +115,13 @@ def growth(repeats: int) -> dict:
     return figures
 
 
-def gates(length: int, repeats: int) -> dict:
-    """Times faster, and temporary memory, with the products inside the convolution than outside."""
-    u, kernel, dy = inputs(length)
-    before, after = np.flip(u, 0).copy(), np.flip(dy, 0).copy()
-
-    def inside(u, kernel, before, after):
-        return causal_convolution(u, kernel, gates_BLH=(before, after))
-
-    def outside(u, kernel, before, after):
-        return after * causal_convolution(before * u, kernel)
-
-    programs = {}
-    for name, convolve in (("inside", inside), ("outside", outside)):
-        gradient = jax.grad(lambda *a, convolve=convolve: jnp.sum(convolve(*a) * dy), argnums=(0, 1, 2, 3))
-        programs[name] = jax.jit(gradient).lower(u, kernel, before, after).compile()
-    runs = {name: lambda *a, p=program: jax.block_until_ready(p(*a)) for name, program in programs.items()}
-    seconds = seconds_in_turns(runs, (u, kernel, before, after), repeats)
-    ratios = [o / i for i, o in zip(seconds["inside"], seconds["outside"], strict=True)]
-    memory = {name: program.memory_analysis().temp_size_in_bytes / 2**20 for name, program in programs.items()}
-    return {"times_faster": report.spread(ratios), "temporary_MiB": memory}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", default="1024,4096,16384")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     figures = {length: at_length(int(length), options.repeats) for length in options.lengths.split(",")}
-    report.write(
-        "convolution",
-        {
-            "lengths": figures,
-            "cost_per_token_65536_over_4096": growth(options.repeats),
-            "gates_inside": {length: gates(int(length), options.repeats) for length in options.lengths.split(",")},
-        },
-    )
+    report.write("convolution", {"lengths": figures, "cost_per_token_65536_over_4096": growth(options.repeats)})
 
 
 if __name__ == "__main__":

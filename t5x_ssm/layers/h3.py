@@ -75,8 +75,6 @@ class ShiftStateSpace(nn.Module):
 class HeadStateSpace(nn.Module):
     """H3's diagonal state space: S4D with one system a head, for all the entries of the head's key-value products.
 
-    Called with (q, k, v [B, L, heads, d_h], run) for (q^T S [B, L, heads, d_h], state).
-
     Attributes:
       state_size: N real dimensions, N/2 complex modes in conjugate pairs.
       discretization: "bilinear" as in the paper's models, or "zoh". Δ|A| reaches 10, where the two have little in common.
@@ -89,8 +87,8 @@ class HeadStateSpace(nn.Module):
     step_max: float = 1e-1
 
     @nn.compact
-    def __call__(self, q: Array, k: Array, v: Array, run: Run):
-        heads, size, modes = q.shape[-2], q.shape[-1], self.state_size // 2
+    def __call__(self, u: Array, run: Run):
+        heads, size, modes = u.shape[-2], u.shape[-1], self.state_size // 2
         poles = initialization.lin_poles(modes)
 
         def param(name, init, shape=(heads, modes)):
@@ -119,13 +117,10 @@ class HeadStateSpace(nn.Module):
         )
         axes = diagonal_axes(system)
         if size == 1:
-            gates = k[..., 0], q[..., 0]
-            y, state = run_state_space(self, diagonal, system, v[..., 0], axes, run, gates)
+            y, state = run_state_space(self, diagonal, system, u[..., 0], axes, run)
             return y[..., None], state
         grouped = CoreAxes(axes.system, ("batch", None, "channels", None), (("batch", None, "channels", None),) * 2)
-        products = (k[..., :, None] * v[..., None, :]).reshape(*k.shape[:-1], size * size)
-        y, state = run_state_space(self, Grouped(diagonal, size * size), system, products, grouped, run)
-        return jnp.sum(q[..., None] * y.reshape(*k.shape, size), axis=-2), state
+        return run_state_space(self, Grouped(diagonal, size), system, u, grouped, run)
 
 
 class H3(nn.Module):
@@ -179,9 +174,12 @@ class H3(nn.Module):
         q, k, v = (
             y.reshape(*y.shape[:-1], heads, size).astype(jnp.promote_types(y.dtype, jnp.float32)) for y in (q, k, v)
         )
-        o, state = HeadStateSpace(self.state_size, self.discretization, self.step_min, self.step_max, name="ssm")(
-            q, k, v, of(states[1])
-        )
+        products = (k[..., :, None] * v[..., None, :]).reshape(*k.shape[:-1], size * size)
+        filtered, state = HeadStateSpace(
+            self.state_size, self.discretization, self.step_min, self.step_max, name="ssm"
+        )(products, of(states[1]))
+        filtered = filtered.reshape(*k.shape, size)
+        o = jnp.sum(q[..., None] * filtered, axis=-2)
         if self.head_layout == "head_minor":
             o = jnp.swapaxes(o, -1, -2)
         o = constrain(o.reshape(*x.shape).astype(self.dtype), ("batch", "length", "channels"))

@@ -48,12 +48,6 @@ class Run:
     initial_state: Any = None
     return_state: bool = False
 
-    @property
-    def at_once(self) -> bool:
-        """Whether each row is one text from its beginning, of which nothing is kept."""
-        kept = self.decode or self.prefill or self.return_state
-        return not kept and self.segment_ids is None and self.initial_state is None
-
     def __post_init__(self):
         if self.decode and self.prefill:
             raise UserError("decode and prefill are two modes: set one of them.")
@@ -89,15 +83,7 @@ def document_positions(segment_ids: Array) -> Array:
     return index - jax.lax.cummax(first, axis=1)
 
 
-def run_state_space(
-    module: nn.Module,
-    core: ModuleType | Grouped,
-    system: Any,
-    u: Array,
-    axes: CoreAxes,
-    run: Run,
-    gates: tuple[Array, Array] | None = None,
-):
+def run_state_space(module: nn.Module, core: ModuleType | Grouped, system: Any, u: Array, axes: CoreAxes, run: Run):
     """Runs a state-space core in the mode that a mixer's call asks for.
 
     Called inside the mixer's compact method, because the decode state becomes a variable of that module.
@@ -109,14 +95,10 @@ def run_state_space(
       u: input [B, L, H] (grouped: [B, L, H, G]).
       axes: how the arrays may be sharded.
       run: the mode.
-      gates: a pair of u's shape; the first multiplies u and the second y, inside the convolution where there is one.
 
     Returns:
       (y of u's shape, state after the last consumed token or None).
     """
-    if gates is not None and not run.at_once:
-        y, state = run_state_space(module, core, system, gates[0] * u, axes, run)
-        return gates[1] * y, state
     batch = u.shape[0]
     if run.padding_mask is not None:
         u = u * run.padding_mask.reshape(*u.shape[:2], *(1,) * (u.ndim - 2)).astype(u.dtype)
@@ -160,9 +142,7 @@ def run_state_space(
             variable.value = leaf
         return y, state
 
-    if run.at_once:
-        if gates is not None:
-            return shard(core.convolve, (axes.system, inputs, (inputs, inputs)), inputs)(system, u, gates), None
+    if run.segment_ids is None and run.initial_state is None and not run.return_state:
         return shard(core.convolve, (axes.system, inputs), inputs)(system, u), None
 
     state = core.zero_state(system, batch) if run.initial_state is None else run.initial_state

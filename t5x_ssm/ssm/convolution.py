@@ -45,7 +45,7 @@ KEPT_ELEMENTS = 1 << 23
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, gates_BLH=None, method: str | None = None):
+def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, method: str | None = None):
     """y[b, i, h] = Σ_{j ≤ i} kernel[h, i-j] u[b, j, h], and optionally the future's part.
 
     Args:
@@ -53,8 +53,6 @@ def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, gat
       kernel_HL: [H, K], the response at lags 0 … K-1; what is beyond L is not used, what is missing is zero.
       anticausal_HL: [H, K], adds Σ_{j > i} anticausal[h, j-i-1] u[b, j, h]: lag 0 belongs to the first kernel alone.
       resets: bool [B, L], True where a document begins; then neither sum reaches beyond i's document.
-      gates_BLH: a pair of [B, L, H]; the first multiplies u and the second y, while a group of channels is at hand, so
-        that neither product passes through memory.
       method: one of METHODS; None to let `select_method` choose.
 
     Returns:
@@ -79,10 +77,9 @@ def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, gat
         elements = CPU_GROUP_ELEMENTS if platform == "cpu" else GROUP_ELEMENTS
         return functools.partial(_in_channel_groups, functools.partial(convolve, document), elements)
 
-    sequences = (u_BLH,) if gates_BLH is None else (u_BLH, *gates_BLH)
     if method == "direct" or lags <= DIRECT_LAGS:
-        return run("cpu")(sequences, kernels)
-    return lax.platform_dependent(sequences, kernels, cpu=run("cpu"), tpu=run("tpu"), default=run("cuda"))
+        return run("cpu")(u_BLH, *kernels)
+    return lax.platform_dependent(u_BLH, *kernels, cpu=run("cpu"), tpu=run("tpu"), default=run("cuda"))
 
 
 def select_method(platform: str, lags: int) -> str:
@@ -92,31 +89,23 @@ def select_method(platform: str, lags: int) -> str:
     return "matmul" if platform == "tpu" else "fft"
 
 
-def _in_channel_groups(function, elements, sequences, kernels):
-    """Applies function(u_BHL, *kernels) to some channels at a time, about `elements` numbers in each group.
-
-    Args:
-      sequences: u, or u and both gates, [B, L, H] each.
-      kernels: [H, K] each.
-    """
-    batch, length, channels = shape = sequences[0].shape
+def _in_channel_groups(function, elements, u_BLH, *kernels):
+    """Applies function(u_BHL, *kernels) to some channels at a time, about `elements` numbers in each group."""
+    batch, length, channels = u_BLH.shape
     wanted = max(4, elements // (batch * length))
     group = max(g for g in range(1, channels + 1) if channels % g == 0 and g <= wanted)
 
-    def run(sequences, kernels):
-        u, *gates = (jnp.swapaxes(x, 1, 2) for x in sequences)
-        y = function(gates[0] * u, *kernels) * gates[1] if gates else function(u, *kernels)
-        return jnp.swapaxes(y, 1, 2)
+    def run(u_BLG, *kernels):
+        return jnp.swapaxes(function(jnp.swapaxes(u_BLG, 1, 2), *kernels), 1, 2)
 
     if group == channels:
-        return run(sequences, kernels)
-    if sequences[0].size > KEPT_ELEMENTS:
+        return run(u_BLH, *kernels)
+    if u_BLH.size > KEPT_ELEMENTS:
         run = jax.checkpoint(run)
-    groups = channels // group
-    sequences = [jnp.moveaxis(x.reshape(batch, length, groups, group), 2, 0) for x in sequences]
-    kernels = [k.reshape(groups, group, k.shape[1]) for k in kernels]
-    y = lax.map(lambda inputs: run(*inputs), (sequences, kernels))
-    return jnp.moveaxis(y, 0, 2).reshape(shape)
+    u = jnp.moveaxis(u_BLH.reshape(batch, length, channels // group, group), 2, 0)
+    kernels = [k.reshape(channels // group, group, k.shape[1]) for k in kernels]
+    y = lax.map(lambda inputs: run(*inputs), (u, *kernels))
+    return jnp.moveaxis(y, 0, 2).reshape(u_BLH.shape)
 
 
 def _sum_over_lags(document, u, kernel, anticausal=None):

@@ -231,14 +231,9 @@ def _taps(system: Diagonal, length: int):
     return kernel(system, length).at[:, 0].add(system.d)
 
 
-def convolve(system: Diagonal, u, gates=None):
-    """All outputs at once from zero state, by convolution. u and the result are [B, L, H], in u's type.
-
-    With gates, a pair of [B, L, H], the first multiplies u and the second the result.
-    """
-    if gates is not None:
-        gates = tuple(_cast(system, gate) for gate in gates)
-    return causal_convolution(_cast(system, u), _taps(system, u.shape[1]), gates_BLH=gates).astype(u.dtype)
+def convolve(system: Diagonal, u):
+    """All outputs at once from zero state, by convolution. u and the result are [B, L, H], in u's type."""
+    return causal_convolution(_cast(system, u), _taps(system, u.shape[1])).astype(u.dtype)
 
 
 def bidirectional(system: Diagonal, backward: Diagonal, u, *, resets=None):

@@ -42,32 +42,6 @@ def test_against_a_dense_matrix(length, lags, methods):
         np.testing.assert_allclose(both, toeplitz_convolution(u, kernel, back), atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["fft", "matmul"])
-def test_gates_multiply_what_goes_in_and_what_comes_out(method, monkeypatch):
-    monkeypatch.setattr(convolution, "CPU_GROUP_ELEMENTS", 2 * 40)  # channels in several groups
-    u, kernel = draw(2, 40, 6, 40)
-    before, after, weight = (RNG.normal(size=u.shape) for _ in range(3))
-
-    def total(convolve, u, kernel, before, after):
-        return jnp.sum(weight * convolve(u, kernel, before, after))
-
-    def gated(u, kernel, before, after):
-        return causal_convolution(u, kernel, gates_BLH=(before, after), method=method)
-
-    def dense(u, kernel, before, after):
-        lag = np.arange(40)[:, None] - np.arange(40)
-        matrix = jnp.where(lag >= 0, kernel[:, np.maximum(lag, 0)], 0)
-        return after * jnp.einsum("hij,bjh->bih", matrix, before * u)
-
-    with jax.enable_x64(True):
-        arrays = [jnp.asarray(x) for x in (u, kernel, before, after)]
-        expected = np.asarray(after) * toeplitz_convolution(before * u, kernel)
-        np.testing.assert_allclose(gated(*arrays), expected, atol=1e-11)
-        found, wanted = (jax.grad(lambda *a, f=f: total(f, *a), (0, 1, 2, 3))(*arrays) for f in (gated, dense))
-        for x, y in zip(found, wanted, strict=True):
-            np.testing.assert_allclose(x, y, atol=1e-10)
-
-
 def test_two_transforms_of_half_the_size():
     u, kernel = draw(1, 5000, 2, 5000)
     with jax.enable_x64(True):
