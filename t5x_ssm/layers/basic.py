@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.parallel.shard import constrain
+from t5x_ssm.parallel.shard import constrain, current_mesh
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -54,13 +54,22 @@ class Dense(nn.Module):
         kernel = partitioning.param_with_axes(
             "kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32, axes=self.axes
         )
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = _product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = partitioning.param_with_axes(
                 "bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=(self.axes[1],)
             )
             y = y + bias.astype(self.dtype)
         return y
+
+
+def _product(x: Array, kernel: Array) -> Array:
+    """x [..., D] times kernel [D, F]."""
+    mesh = current_mesh()
+    if mesh is not None and mesh.size > 1:  # Rows would merge dimensions that are sharded apart.
+        return jnp.dot(x, kernel)
+    # As rows of one matrix: on CPU the gradient of the kernel begins by transposing a batch of sequences, but not rows.
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.Module):
