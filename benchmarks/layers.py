@@ -1,10 +1,15 @@
-"""Whole layers against the public formulation of the same: `python -m benchmarks.layers [--only=s5] [--repeats=7]`.
+"""Whole layers beside each other: `python -m benchmarks.layers [--only=s5] [--repeats=7]`.
 
 Forward and backward, gradients with respect to the input and all parameters, in float32; both sides in one process and in
-turns. Seconds, the compiler's temporary memory and the time to compile. Writes benchmarks/results/layers_<section>.json.
+turns. Seconds, the compiler's temporary memory and the time to compile. The sections:
+  s5      S5's layer against the public formulation of it (complex numbers and an associative scan)
+  gss     GSS's layer against DSS's at the same width, and networks of both of equal depth and width
+  length  every state-space mixer: what a token costs, and memory, at 65,536 over 4,096 tokens
+Writes benchmarks/results/layers_<section>.json.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -13,7 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import report
+from benchmarks.convolution import plain
+from t5x_ssm.layers.basic import MLP
+from t5x_ssm.layers.dss import DSS
+from t5x_ssm.layers.gss import GSS
+from t5x_ssm.layers.h3 import H3
+from t5x_ssm.layers.s4 import S4, S4D
 from t5x_ssm.layers.s5 import S5
+from t5x_ssm.models.decoder import Decoder
 
 BATCH, CHANNELS = 4, 256
 LENGTHS = (1024, 4096, 16384)
@@ -86,7 +98,125 @@ def s5(repeats: int) -> dict:
     )
 
 
-SECTIONS = {"s5": s5}
+def plain_dss(parameters, u):
+    """The DSS layer with its kernel written out: an exponential for every channel, mode and lag."""
+    p = parameters["ssm"]
+    poles = jax.lax.complex(-jnp.exp(p["lambda_re"]), p["lambda_im"])
+    step = jnp.exp(p["log_step"])
+    exponent = jax.lax.complex(step[:, :1] * poles.real, step[:, 1:] * poles.imag)
+    weights = jax.lax.complex(p["c_re"], p["c_im"]) * (jnp.exp(exponent) - 1) / poles
+    powers = jnp.exp(exponent[..., None] * jnp.arange(u.shape[1]))
+    z = jax.nn.gelu(plain(u, jnp.einsum("hn,hnl->hl", weights, powers).real) + p["d"] * u, approximate=False)
+    return z @ parameters["out"]["kernel"] + parameters["out"]["bias"]
+
+
+def gss(repeats: int) -> dict:
+    """GSS at its published size against DSS at the same width of 1,024, as layers and as networks of two layers.
+
+    Both with our kernels (and 512 modes each), and the layer of GSS against DSS with its kernel written out, at 64 modes because
+    512 would not fit into memory.
+    """
+    width, vocab, batch = 1024, 256, 2
+    layers = {"gss": GSS(), "dss": DSS(state_size=512)}
+    networks = {
+        name: Decoder(vocab, width, name, num_layers=2, mlp=functools.partial(MLP, hidden=4 * width), mixers=mixers)
+        for name, mixers in (
+            ("gss", {"gss": GSS}),
+            ("dss", {"dss": functools.partial(DSS, state_size=512, feed_forward=True)}),
+        )
+    }
+    figures = {}
+    written_out = DSS(state_size=64, output="linear")
+    for length in (2048, 4096):
+        random = np.random.default_rng(0)
+        activations = jnp.asarray(random.normal(size=(batch, length, width)), jnp.float32)
+        tokens = jnp.asarray(random.integers(0, vocab, (batch, length)))
+        for kind, modules, inputs in (("layers", layers, (activations,)), ("networks", networks, (tokens, tokens))):
+            seconds = gradients_in_turns(modules, inputs, repeats)
+            ratios = [slow / fast for slow, fast in zip(seconds["dss"], seconds["gss"], strict=True)]
+            figures[f"{kind}_{length}"] = {
+                "gss_times_faster_than_dss": report.spread(ratios),
+                **{f"{name}_seconds": report.spread(values) for name, values in seconds.items()},
+            }
+        program, parameters = gradient_program(layers["gss"], (activations,))
+        slow_program, slow_parameters = gradient_program(written_out, (activations,), plain_dss)
+        pairs = [
+            (
+                seconds_of(lambda p=slow_program, a=slow_parameters, u=activations: p(a, u), 1)[0],
+                seconds_of(lambda p=program, a=parameters, u=activations: p(a, u), 1)[0],
+            )
+            for _ in range(repeats)
+        ]
+        figures[f"layers_{length}"]["gss_times_faster_than_dss_written_out"] = report.spread([a / b for a, b in pairs])
+    return figures
+
+
+def length(repeats: int) -> dict:
+    """Growth of time and temporary memory per token with the length, at batch 1 and width 128."""
+    width, short, long = 128, 4096, 65536
+    mixers = {
+        "gss": GSS(state_size=128),
+        "dss": DSS(),
+        "s4d": S4D(),
+        "s4": S4(),
+        "s5": S5(state_size=width),
+        "h3": H3(),
+    }
+    figures = {}
+    for name, module in mixers.items():
+        seconds, memory = {}, {}
+        for tokens in (short, long):
+            u = jnp.asarray(np.random.default_rng(0).normal(size=(1, tokens, width)), jnp.float32)
+            program, parameters = gradient_program(module, (u,))
+            memory[tokens] = program.memory_analysis().temp_size_in_bytes / 2**20
+            seconds[tokens] = seconds_of(lambda p=program, a=(parameters, u): p(*a), repeats)
+        growth = [(a / long) / (b / short) for a, b in zip(seconds[long], seconds[short], strict=True)]
+        figures[name] = {
+            "cost_per_token_65536_over_4096": report.spread(growth),
+            "microseconds_per_token": {
+                str(n): report.spread([1e6 * s / n for s in values]) for n, values in seconds.items()
+            },
+            "temporary_MiB": {str(n): size for n, size in memory.items()},
+        }
+    return figures
+
+
+def gradient_program(module, inputs, function: Callable | None = None):
+    """The compiled gradient of a scalar of a module's output, or of a function of its parameters, and the parameters."""
+    small = tuple(x[:1, :4] for x in inputs)
+    parameters = jax.jit(lambda key: module.init(key, *small, enable_dropout=False)["params"])(jax.random.key(0))
+
+    apply = function or (lambda p, *inputs: module.apply({"params": p}, *inputs, enable_dropout=False))
+
+    def loss(parameters, *inputs):
+        return jnp.mean(jnp.square(apply(parameters, *inputs)))
+
+    floating = [i for i, x in enumerate((None, *inputs)) if x is None or jnp.issubdtype(x.dtype, jnp.floating)]
+    return jax.jit(jax.grad(loss, argnums=floating)).lower(parameters, *inputs).compile(), parameters
+
+
+def gradients_in_turns(modules: dict, inputs, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each module's gradient, in turns."""
+    programs = {name: gradient_program(module, inputs) for name, module in modules.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, (program, parameters) in programs.items():
+            seconds[name] += seconds_of(lambda p=program, a=parameters: p(a, *inputs), 1)
+    return seconds
+
+
+def seconds_of(run: Callable, repeats: int) -> list[float]:
+    """Seconds of some runs after one that is not counted."""
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+SECTIONS = {"s5": s5, "gss": gss, "length": length}
 
 
 def main() -> None:
