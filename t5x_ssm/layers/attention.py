@@ -24,9 +24,10 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init, require_positive
+from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init
 from t5x_ssm.layers.mixer import Run, document_positions
 from t5x_ssm.layers.positions import RelativeBias, relative_bias, rotate
+from t5x_ssm.layers.settings import require_positive
 from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.layers.settings import require_positive
 from t5x_ssm.parallel.shard import constrain, current_mesh
 
 Array = jax.Array
@@ -19,18 +20,6 @@ Initializer = Callable[..., Array]
 
 # Variance 1/fan_in, truncated normal.
 default_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-
-
-def require_positive(owner: str, **sizes: int) -> None:
-    """Raises UserError for a size that is not at least 1.
-
-    Args:
-      owner: whose settings they are, such as 'GSS'.
-      **sizes: values by the names of the settings.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{owner}.{name} = {size}; it must be at least 1.")
 
 
 class Dense(nn.Module):

@@ -20,11 +20,11 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.layers.basic import require_positive
 from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.gss import diagonal_axes
 from t5x_ssm.layers.mixer import Run, run_state_space
 from t5x_ssm.layers.s4 import mix_channels
+from t5x_ssm.layers.settings import require_choice, require_positive, require_steps
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import diagonal, initialization
 
@@ -114,13 +114,8 @@ class DSSStateSpace(nn.Module):
 
     def _check(self, length: int, run: Run):
         require_positive("DSSStateSpace", state_size=self.state_size)
-        if self.kind not in diagonal.DSS_KINDS:
-            raise UserError(f"DSSStateSpace.kind = {self.kind!r}; it is one of {', '.join(diagonal.DSS_KINDS)}.")
-        if not 0 < self.step_min <= self.step_max:
-            raise UserError(
-                f"DSSStateSpace.step_min = {self.step_min} and step_max = {self.step_max}: time steps need "
-                "0 < step_min <= step_max."
-            )
+        require_choice("DSSStateSpace.kind", self.kind, diagonal.DSS_KINDS)
+        require_steps("DSSStateSpace", self.step_min, self.step_max)
         if self.kind != "softmax":
             if self.kernel_length is not None:
                 raise UserError(

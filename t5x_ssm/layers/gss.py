@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
-from t5x_ssm.layers.basic import ACTIVATIONS, Dense, LayerNorm, require_positive
+from t5x_ssm.layers.basic import ACTIVATIONS, Dense, LayerNorm
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
+from t5x_ssm.layers.settings import require_positive
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import diagonal
 

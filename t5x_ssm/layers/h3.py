@@ -26,6 +26,7 @@ from t5x_ssm.errors import UserError
 from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init
 from t5x_ssm.layers.gss import diagonal_axes
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
+from t5x_ssm.layers.settings import require_choice, require_steps
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import diagonal, initialization, shift
 from t5x_ssm.ssm.grouped import Grouped
@@ -155,11 +156,9 @@ class H3(nn.Module):
             raise UserError(f"H3.head_dim = {size} does not divide the width {width}.")
         if self.state_size < 2 or self.state_size % 2:
             raise UserError(f"H3.state_size = {self.state_size}; its modes are conjugate pairs: it must be even.")
-        if self.head_layout not in HEAD_LAYOUTS:
-            raise UserError(f"H3.head_layout = {self.head_layout!r}; it is one of {', '.join(HEAD_LAYOUTS)}.")
-        if self.discretization not in diagonal.DISCRETIZATIONS:
-            known = ", ".join(diagonal.DISCRETIZATIONS)
-            raise UserError(f"H3.discretization = {self.discretization!r}; it is one of {known}.")
+        require_choice("H3.head_layout", self.head_layout, HEAD_LAYOUTS)
+        require_choice("H3.discretization", self.discretization, diagonal.DISCRETIZATIONS)
+        require_steps("H3", self.step_min, self.step_max)
         heads = width // size
 
         def project(name):

@@ -26,6 +26,7 @@ from t5x_ssm.layers.basic import ACTIVATIONS, Dense
 from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.gss import diagonal_axes
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
+from t5x_ssm.layers.settings import require_choice, require_steps
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import diagonal, dplr, initialization
 
@@ -35,11 +36,6 @@ Array = jax.Array
 STARTS = {"dplr": ("legs",), "diagonal": ("legs", "lin", "inv")}
 DISCRETIZATIONS = {"dplr": ("bilinear",), "diagonal": ("zoh", "bilinear")}
 OUTPUTS = ("linear", "glu")
-
-
-def _one_of(name: str, value: Any, known) -> None:
-    if value not in known:
-        raise UserError(f"{name} = {value!r}; it is one of {', '.join(known)}.")
 
 
 class S4StateSpace(nn.Module):
@@ -118,21 +114,17 @@ class S4StateSpace(nn.Module):
         return poles, None, np.ones(modes, complex)
 
     def _check(self):
-        _one_of("S4StateSpace.kind", self.kind, STARTS)
-        _one_of(f"S4StateSpace.start of kind {self.kind!r}", self.start, STARTS[self.kind])
+        require_choice("S4StateSpace.kind", self.kind, STARTS)
+        require_choice(f"S4StateSpace.start of kind {self.kind!r}", self.start, STARTS[self.kind])
         if self.discretization is not None:
-            _one_of(
+            require_choice(
                 f"S4StateSpace.discretization of kind {self.kind!r}", self.discretization, DISCRETIZATIONS[self.kind]
             )
         if self.state_size < 2 or self.state_size % 2:
             raise UserError(
                 f"S4StateSpace.state_size = {self.state_size}; its modes are conjugate pairs: it must be even and positive."
             )
-        if not 0 < self.step_min <= self.step_max:
-            raise UserError(
-                f"S4StateSpace.step_min = {self.step_min} and step_max = {self.step_max}: time steps need "
-                "0 < step_min <= step_max."
-            )
+        require_steps("S4StateSpace", self.step_min, self.step_max)
 
 
 def _dplr_axes(system: dplr.DPLR) -> CoreAxes:
@@ -197,7 +189,7 @@ def mix_channels(layer, y: Array, enable_dropout: bool) -> Array:
       y: output of its state space.
       enable_dropout: whether dropout is on.
     """
-    _one_of(f"{type(layer).__name__}.output", layer.output, OUTPUTS)
+    require_choice(f"{type(layer).__name__}.output", layer.output, OUTPUTS)
     width = y.shape[-1]
     z = ACTIVATIONS[layer.activation](y)
     z = nn.Dropout(layer.dropout_rate, broadcast_dims=(-2,))(z, deterministic=not enable_dropout)

@@ -23,20 +23,16 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.layers.basic import ACTIVATIONS, Dense, require_positive
+from t5x_ssm.layers.basic import ACTIVATIONS, Dense
 from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
+from t5x_ssm.layers.settings import require_choice, require_positive, require_steps
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import initialization, multi_input
 
 Array = jax.Array
 
 OUTPUTS = ("gelu", "half_glu1", "half_glu2", "full_glu")
-
-
-def _one_of(name: str, value: Any, known) -> None:
-    if value not in known:
-        raise UserError(f"{name} = {value!r}; it is one of {', '.join(known)}.")
 
 
 class S5StateSpace(nn.Module):
@@ -129,13 +125,9 @@ class S5StateSpace(nn.Module):
                 f"S5StateSpace.state_size = {self.state_size} with blocks = {self.blocks}: the modes of a block are "
                 "conjugate pairs, so state_size must be a multiple of 2 * blocks."
             )
-        _one_of("S5StateSpace.discretization", self.discretization, multi_input.DISCRETIZATIONS)
-        _one_of("S5StateSpace.c_init", self.c_init, initialization.S5_OUTPUTS)
-        if not 0 < self.step_min <= self.step_max:
-            raise UserError(
-                f"S5StateSpace.step_min = {self.step_min} and step_max = {self.step_max}: time steps need "
-                "0 < step_min <= step_max."
-            )
+        require_choice("S5StateSpace.discretization", self.discretization, multi_input.DISCRETIZATIONS)
+        require_choice("S5StateSpace.c_init", self.c_init, initialization.S5_OUTPUTS)
+        require_steps("S5StateSpace", self.step_min, self.step_max)
         if not self.step_rescale > 0:
             raise UserError(f"S5StateSpace.step_rescale = {self.step_rescale}; it must be positive.")
 
@@ -171,7 +163,7 @@ class S5(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, enable_dropout: bool = True, return_state: bool = False, **call):
         run = Run(enable_dropout=enable_dropout, return_state=return_state, **call)
-        _one_of("S5.output", self.output, OUTPUTS)
+        require_choice("S5.output", self.output, OUTPUTS)
         y, state = S5StateSpace(
             self.state_size,
             self.blocks,

@@ -26,6 +26,7 @@ from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.basic import Dense, LayerNorm
 from t5x_ssm.layers.mixer import Run
 from t5x_ssm.layers.s4 import S4StateSpace
+from t5x_ssm.layers.settings import require_choice
 from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
@@ -58,8 +59,7 @@ class Spade(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, enable_dropout: bool = True, return_state: bool = False, **call):
         run = Run(enable_dropout=enable_dropout, return_state=return_state, **call)
-        if self.combine not in COMBINATIONS:
-            raise UserError(f"Spade.combine = {self.combine!r}; it is one of {', '.join(COMBINATIONS)}.")
+        require_choice("Spade.combine", self.combine, COMBINATIONS)
         if return_state or run.initial_state is not None:
             raise UserError("Spade passes its state through the decode cache (prefill=True), not initial_state.")
         hold = jax.lax.stop_gradient if self.frozen else lambda y: y

@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.layers.basic import Dense, Embed, LayerNorm
+from t5x_ssm.layers.settings import require_choice
 from t5x_ssm.models.mixers import DEFAULT_MIXERS
 from t5x_ssm.models.stack import Context, Factory, Mode, Stack, apply_norm
 from t5x_ssm.parallel.shard import constrain
@@ -55,8 +56,7 @@ class SequenceEncoder(nn.Module):
           mask: [B, L], zero at padding; every position is real when None.
           enable_dropout: whether this is training: dropout acts, and batch norms use the batch.
         """
-        if self.pooling not in POOLINGS:
-            raise UserError(f"pooling = {self.pooling!r}; it is one of {', '.join(POOLINGS)}.")
+        require_choice("SequenceEncoder.pooling", self.pooling, POOLINGS)
         if (inputs.ndim == 2) != (self.vocab_size is not None):
             kind = "tokens [B, L]" if inputs.ndim == 2 else f"features {inputs.shape}"
             raise UserError(f"The inputs are {kind} but vocab_size = {self.vocab_size}; it is set for tokens only.")
