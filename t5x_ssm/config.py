@@ -21,6 +21,7 @@ import logging
 import pathlib
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ import gin
 from gin import config as gin_config
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.parallel import processes
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 # gin also looks for a file as a resource of a package: `include 'runs/pretrain.gin'` would import any folder named `runs`
@@ -198,7 +200,7 @@ def description(without: Sequence[str] = ()) -> dict[str, str]:
 
 
 def run_main(main: Callable[[Sequence[str]], Any]) -> None:
-    """Runs an entry point: mistakes of the user end with a message and status 2, everything else with a traceback."""
+    """Runs an entry point: mistakes of the user end with a message and status 2, everything else with a traceback and 1."""
     # Libraries have put a handler of their own on the root logger by now.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for library in ("absl", "jax", "orbax", "etils"):
@@ -211,9 +213,10 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(status or 0)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    processes.leave(status or 0)
 
 
 def _as_gin_value(text: str) -> str:

@@ -1,7 +1,7 @@
 """Pretraining: `python -m t5x_ssm.train --gin_file=quickstart.gin --gin.MODEL_DIR=/tmp/run`.
 
 Start it again with the same command and it goes on from the newest checkpoint. SIGTERM and Ctrl-C finish the step, save,
-and leave with status 0.
+and leave with status 0. A run of several processes is the same command in each, see `t5x_ssm.parallel.processes`.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from t5x_ssm import config as config_lib
 from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.errors import CheckpointError, UserError
 from t5x_ssm.parallel import mesh as mesh_lib
-from t5x_ssm.training import checkpoints, preemption, run_folder
+from t5x_ssm.parallel import processes
+from t5x_ssm.training import checkpoints, consensus, preemption, run_folder
 from t5x_ssm.training import trainer as trainer_lib
 from t5x_ssm.training.metrics import MetricsLog
 from t5x_ssm.training.optimizers import Optimizer
@@ -87,8 +88,14 @@ def train(
     device_mesh = mesh_lib.make_mesh(mesh)
     with preemption.StopRequest() as stop, run_folder.locked(folder):
         run_folder.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
-        feed = feed_lib.open_feed(
-            train_dataset_cfg, process_index=jax.process_index(), process_count=jax.process_count(), seed=random_seed
+        feed = consensus.succeed_together(
+            lambda: feed_lib.open_feed(
+                train_dataset_cfg,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                seed=random_seed,
+                barrier=consensus.barrier,
+            )
         )
         feed_lib.check_vocabulary(feed.vocabulary, embedding_size=model.network.vocab_size)
         run = trainer_lib.Trainer(
@@ -154,11 +161,16 @@ def train(
                 stop=stop,
             )
             checkpointer.wait()
+        except BaseException:
+            if jax.process_count() == 1:  # Otherwise the rest may be gone, and would be waited for.
+                close_quietly(checkpointer)
+            raise
+        else:
+            checkpointer.close()
         finally:
             feed.close()
             if log is not None:
                 log.close()
-            close_quietly(checkpointer)
     if stopped_by:
         logging.info("%s at step %d: saved. Start the same command again to go on from there.", stopped_by, step)
     elif step > first_step:
@@ -211,7 +223,11 @@ def evaluations_of(
     cfg: feed_lib.DatasetConfig, eval_steps: int | None, vocabulary: dict[str, Any]
 ) -> list[trainer_lib.Evaluation]:
     """The held-out tasks of `cfg`, of the training data's vocabulary, each limited to `eval_steps` batches."""
-    held_out = feed_lib.open_evaluation(cfg, process_index=jax.process_index(), process_count=jax.process_count())
+    held_out = consensus.succeed_together(
+        lambda: feed_lib.open_evaluation(
+            cfg, process_index=jax.process_index(), process_count=jax.process_count(), barrier=consensus.barrier
+        )
+    )
     evaluations = []
     for task, task_feed in held_out.items():
         if task_feed.vocabulary["hash"] != vocabulary["hash"]:
@@ -246,7 +262,9 @@ def write_summary(folder: pathlib.Path, run: trainer_lib.Trainer, optimizer: Opt
 def main(argv: Sequence[str]) -> int:
     """Configures `train` from the command line and runs it."""
     parser = argparse.ArgumentParser(prog="python -m t5x_ssm.train", description=__doc__)
+    processes.add_flags(parser)
     arguments = config_lib.parse_arguments(argv, parser)
+    processes.join(arguments.options)
     config_lib.load(arguments.gin_files, arguments.bindings, arguments.search_paths)
     # Run as a script this file is __main__; gin files configure its twin, t5x_ssm.train.
     from t5x_ssm.train import train as configured

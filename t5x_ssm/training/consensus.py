@@ -6,6 +6,7 @@ and whatever can fail on one process only, passes through here: everyone learns 
 Every function is a collective: all processes call it, in the same order, from their main thread.
 """
 
+import collections
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_ssm import errors
 
@@ -57,3 +59,31 @@ def ask_first(function: Callable[[], T]) -> T:
     """Calls `function` on process 0 only and returns its JSON-able result, or raises its error, on all."""
     result = succeed_together(lambda: function() if jax.process_index() == 0 else None)
     return gather_json(result)[0]
+
+
+def barrier() -> None:
+    """Returns when every process has called it."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("barrier")
+
+
+class LateAny:
+    """Whether any process has said yes, known `lag` questions later, so that no question waits for the devices.
+
+    The question travels as a computation of its own behind the train step of the same number. All processes get the
+    same answer at the same question.
+    """
+
+    def __init__(self, lag: int = 2):
+        mesh = Mesh(np.asarray(jax.devices()), ("devices",))
+        self._split = NamedSharding(mesh, PartitionSpec("devices"))
+        self._any = jax.jit(jax.numpy.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._local = jax.local_device_count()
+        self._lag = lag
+        self._asked: collections.deque[jax.Array] = collections.deque()
+
+    def ask(self, yes: bool) -> bool:
+        """Asks anew; returns the answer to the question that was asked `lag` calls ago, False before there is one."""
+        said = np.full(self._local, yes, np.int32)
+        self._asked.append(self._any(jax.make_array_from_process_local_data(self._split, said)))
+        return len(self._asked) > self._lag and bool(self._asked.popleft())

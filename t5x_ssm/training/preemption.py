@@ -29,6 +29,7 @@ class StopRequest:
         self._event = threading.Event()
         self._previous: dict[int, object] = {}
         self._wakeup: tuple[int, int] | None = None
+        self._others: consensus.LateAny | None = None
         self.signal_name = ""
 
     def __enter__(self) -> "StopRequest":
@@ -69,10 +70,15 @@ class StopRequest:
             signal.signal(number, self._previous[number])
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop. A collective when there are several processes."""
+        """Whether any process was asked to stop; all get the same answer at the same call.
+
+        With several processes it is a collective, and the answer comes a few calls late (see `consensus.LateAny`).
+        """
         if jax.process_count() == 1:
             return self._event.is_set()
-        return any(consensus.gather_json(self._event.is_set()))
+        if self._others is None:
+            self._others = consensus.LateAny()
+        return self._others.ask(self._event.is_set())
 
 
 def _leave_on_sigterm(read: int) -> None:
