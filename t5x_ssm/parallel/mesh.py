@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from t5x_ssm.errors import UserError
@@ -63,10 +64,34 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the mesh over `devices` (all of them by default), laid out so that inner axes use the fastest links."""
+    """Builds the mesh over `devices`, laid out so that inner axes use the fastest links.
+
+    Devices of several slices, which the data-centre network joins, are split over `data` alone: nothing but the sum of the
+    gradients then crosses between slices.
+
+    Args:
+      config: sizes of the axes.
+      devices: of this run (all of them by default) or of a topology, see `jax.experimental.topologies`.
+
+    Raises:
+      UserError: the sizes do not fit the devices, or `data` cannot be split over the slices.
+    """
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise UserError(
+            f"MeshConfig.data = {sizes['data']} must be a multiple of the {slices} slices, which it is split over."
+        )
+    # An axis need not be a whole dimension of the torus: 4 x 4 x 8 chips make a `model` axis of 2.
+    if slices > 1:
+        within = (sizes["data"] // slices, *shape[1:])
+        across = (slices,) + (1,) * (len(AXES) - 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -1,0 +1,410 @@
+"""Reads what a compiled program computes, moves and sends from its HLO text, each loop counted as often as it runs.
+
+The compiler's own cost analysis counts the body of a loop once, which makes a stack of scanned layers look like one layer, and a
+product in float32 like one in bfloat16. Here:
+
+  FLOPs        two for each multiplication of dots and convolutions (of convolutions those on real elements: the TPU's
+               compiler writes batched products as convolutions over padding);
+  passes       of the matrix unit for each: 1 for bfloat16 operands and default precision, 3 for "high", 6 for "highest";
+  HBM bytes    what operations outside fusions read and write; slices count as what they take of their operand, and what
+               lies in on-chip memory (`S(1)` in a layout) not at all;
+  collectives  by kind and mesh axes: how often, and the larger of input and output.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+BYTES = {
+    **{"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4},
+    **{"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1},
+}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+PASSES = {"high": 3, "highest": 6}
+# They move nothing themselves: names for parts of others, or wrappers whose contents are counted.
+FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+        "opt-barrier",
+        "copy-done",
+        "async-update",
+        "async-done",
+        "async-start",
+    ]
+)
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a shape: its type, dimensions, and whether it lies in on-chip memory."""
+
+    type: str
+    dims: tuple[int, ...]
+    on_chip: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return BYTES.get(self.type, 0) * math.prod(self.dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of HLO: `name = shape opcode(operands), attributes`."""
+
+    name: str
+    arrays: tuple[Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    def called(self, key: str) -> str | None:
+        """The computation that an attribute such as `body=%name` refers to."""
+        match = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        return match[1] if match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind over the same mesh axes; bytes are those of one device in one run of the program."""
+
+    kind: str
+    axes: str
+    count: int
+    bytes: int
+    largest: int
+    group_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one device in one run of the program.
+
+    Attributes:
+      flops: see the module's docstring.
+      passes_flops: the same times passes of the matrix unit.
+      hbm_bytes: read and written.
+      collectives: see `Collective`.
+      unknown_loops: loops whose number of runs could not be read; they are counted once.
+    """
+
+    flops: float
+    passes_flops: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...]
+    unknown_loops: tuple[str, ...]
+
+
+def costs(text: str, mesh_shape: Mapping[str, int]) -> Costs:
+    """Reads a compiled program.
+
+    Args:
+      text: of `jax.stages.Compiled.as_text()`.
+      mesh_shape: the axes of the mesh that it was compiled for, in order, and their sizes.
+    """
+    program = Program(text)
+    flops = passes_flops = hbm = 0.0
+    found: dict[tuple[str, str], list[tuple[int, int, int]]] = collections.defaultdict(list)
+    for instruction, times, in_fusion in program.run():
+        if instruction.opcode in ("dot", "convolution"):
+            one = (
+                program.dot_flops(instruction)
+                if instruction.opcode == "dot"
+                else program.convolution_flops(instruction)
+            )
+            flops += times * one
+            passes_flops += times * one * program.passes(instruction)
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            axes, size = replica_axes(instruction.attributes, mesh_shape)
+            if size > 1:
+                found[kind, axes].append((times, program.collective_bytes(instruction), size))
+        if not in_fusion:
+            hbm += times * program.hbm_bytes(instruction)
+    collectives = tuple(
+        Collective(
+            kind,
+            axes,
+            count=sum(times for times, _, _ in entries),
+            bytes=sum(times * size for times, size, _ in entries),
+            largest=max(size for _, size, _ in entries),
+            group_size=max(group for _, _, group in entries),
+        )
+        for (kind, axes), entries in sorted(found.items())
+    )
+    return Costs(flops, passes_flops, hbm, collectives, tuple(sorted(program.unknown_loops)))
+
+
+class Program:
+    """The computations of an HLO module."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.named: dict[str, Instruction] = {}
+        self.entry = ""
+        self.unknown_loops: set[str] = set()
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            header = _COMPUTATION.match(line)
+            if header and " = " not in line.split("(", 1)[0]:
+                current = self.computations.setdefault(header[2], [])
+                self.entry = header[2] if header[1] else self.entry
+            elif match := _INSTRUCTION.match(line):
+                instruction = _instruction(bool(match[1]), match[2], match[3])
+                if instruction:
+                    current.append(instruction)
+                    self.named[instruction.name] = instruction
+
+    def run(self, computation: str | None = None, times: int = 1, in_fusion: bool = False) -> Iterator[tuple]:
+        """Every instruction that runs, as (instruction, how often, whether inside a fusion)."""
+        for instruction in self.computations[computation or self.entry]:
+            yield instruction, times, in_fusion
+            if instruction.opcode == "while":
+                trips = self.trip_count(instruction)
+                if trips is None:
+                    self.unknown_loops.add(instruction.name)
+                yield from self.run(instruction.called("body"), times * (1 if trips is None else trips), in_fusion)
+            elif instruction.opcode == "conditional":
+                for branch in self._branches(instruction)[:1]:
+                    yield from self.run(branch, times, in_fusion)
+            elif instruction.opcode in ("fusion", "async-start"):
+                inside = in_fusion or instruction.opcode == "fusion"
+                yield from self.run(instruction.called("calls"), times, inside)
+            elif instruction.opcode == "call":
+                yield from self.run(instruction.called("to_apply"), times, in_fusion)
+
+    def _branches(self, conditional: Instruction) -> list[str]:
+        """The branches of a conditional, the one with the most instructions first."""
+        match = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
+        keys = ("true_computation", "false_computation")
+        names = re.findall(r"[\w.\-]+", match[1]) if match else [conditional.called(key) for key in keys]
+        return sorted(names, key=lambda name: -len(self.computations[name]))
+
+    def trip_count(self, loop: Instruction) -> int | None:
+        """How often a loop runs: as its annotation says, or from a condition `counter < constant`; None if neither does."""
+        known = re.search(r'known_trip_count[":{]+n"?:"?(\d+)', loop.attributes)
+        if known:
+            return int(known[1])
+        condition = self.computations[loop.called("condition")]
+        body = [*condition]
+        for instruction in condition:
+            if instruction.opcode == "fusion":
+                body += self.computations[instruction.called("calls")]
+        compares = [i for i in body if i.opcode == "compare"]
+        bounds = [int(i.attributes) for i in body if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.attributes)]
+        if len(compares) != 1 or len(bounds) != 1 or "direction=LT" not in compares[0].attributes:
+            return None
+        return bounds[0]
+
+    def arrays_of(self, instruction: Instruction) -> list[Array]:
+        """The arrays of its operands, one after another."""
+        return [array for name in instruction.operands if name in self.named for array in self.named[name].arrays]
+
+    def dot_flops(self, dot: Instruction) -> float:
+        """2 x elements of the result x size of what is summed over."""
+        lhs = self.arrays_of(dot)[0]
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)[1]
+        size = math.prod(lhs.dims[int(d)] for d in contracted.split(",") if d)
+        return 2.0 * math.prod(dot.arrays[0].dims) * size
+
+    def convolution_flops(self, convolution: Instruction) -> float:
+        """2 x (batch, output and input features) x pairs of output and window positions that meet a real element."""
+        lhs, rhs = self.arrays_of(convolution)[:2]
+        out = convolution.arrays[0]
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
+        features = out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")] * rhs.dims[labels[2].index("i")]
+        pairs = 1
+        for axis in range(len(labels[1]) - 2):
+            digit = str(axis)
+            pairs *= _real_pairs(
+                lhs.dims[labels[1].index(digit)],
+                rhs.dims[labels[2].index(digit)],
+                out.dims[labels[3].index(digit)],
+                stride=_window(convolution.attributes, "stride", axis, "1"),
+                pad=_window(convolution.attributes, "pad", axis, "0_0"),
+                lhs_dilate=_window(convolution.attributes, "lhs_dilate", axis, "1"),
+                rhs_dilate=_window(convolution.attributes, "rhs_dilate", axis, "1"),
+            )
+        return 2.0 * features * pairs
+
+    def passes(self, product: Instruction) -> int:
+        """Passes of the matrix unit that one multiplication takes."""
+        if all(array.type not in ("f32", "f64") for array in self.arrays_of(product)[:2]):
+            return 1
+        precision = re.search(r"operand_precision=\{([\w,]*)\}", product.attributes)
+        return max(PASSES.get(word, 1) for word in precision[1].split(",")) if precision else 1
+
+    def collective_bytes(self, collective: Instruction) -> int:
+        """The larger of what goes in and what comes out."""
+        before, after = (
+            sum(array.bytes for array in arrays) for arrays in (self.arrays_of(collective), collective.arrays)
+        )
+        # What an asynchronous start gives out holds its operands too.
+        after -= before if collective.opcode in ("all-gather-start", "collective-permute-start") else 0
+        return max(before, after)
+
+    def hbm_bytes(self, instruction: Instruction) -> int:
+        """What an operation reads from and writes to the chip's main memory."""
+        if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+            return 0
+        operands = [self.named[name] for name in instruction.operands if name in self.named]
+        written = _in_hbm(instruction.arrays)
+        if instruction.opcode == "copy-start":
+            return _in_hbm(instruction.arrays[:2])
+        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * written
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * _in_hbm(operands[1].arrays)
+        if instruction.opcode != "fusion":
+            return written + sum(_in_hbm(operand.arrays) for operand in operands)
+        taken, replaced = self._parts(instruction.called("calls"))
+        read = 0
+        for index, operand in enumerate(operands):
+            whole = _in_hbm(operand.arrays)
+            read += min(whole, taken.get(index, whole))
+        for index, size in replaced.items():
+            # Updated in place: only the new part is written, though the result is the whole array.
+            if index < len(operands):
+                written -= max(0, _in_hbm(operands[index].arrays) - size)
+        return read + max(0, written)
+
+    @functools.cache  # noqa: B019 a program lives as long as its costs are read
+    def _parts(self, computation: str) -> tuple[dict[int, int], dict[int, int]]:
+        """Of a fusion's parameters that are only sliced or updated in place: bytes read, and bytes replaced."""
+        body = self.computations[computation]
+        users = collections.defaultdict(list)
+        for instruction in body:
+            for name in instruction.operands:
+                users[name].append(instruction)
+        taken, replaced = {}, {}
+        for parameter in body:
+            if parameter.opcode != "parameter" or not parameter.attributes.isdigit():
+                continue
+            reads = list(itertools.chain.from_iterable(_through_bitcasts(parameter.name, users)))
+            index = int(parameter.attributes)
+            if reads and all(user.opcode in ("dynamic-slice", "slice", "gather") for _, user in reads):
+                taken[index] = sum(user.arrays[0].bytes for _, user in reads)
+            elif reads and all(
+                user.opcode == "dynamic-update-slice" and user.operands[0] == name for name, user in reads
+            ):
+                replaced[index] = sum(self.named[user.operands[1]].arrays[0].bytes for _, user in reads)
+                taken[index] = 0
+        return taken, replaced
+
+
+def _through_bitcasts(name: str, users: Mapping[str, list[Instruction]]) -> Iterator[list[tuple[str, Instruction]]]:
+    for user in users[name]:
+        if user.opcode == "bitcast":
+            yield from _through_bitcasts(user.name, users)
+        else:
+            yield [(name, user)]
+
+
+def _in_hbm(arrays: Sequence[Array]) -> int:
+    return sum(array.bytes for array in arrays if not array.on_chip)
+
+
+def _instruction(is_root: bool, name: str, rest: str) -> Instruction | None:
+    """Parses what follows `name =`; None for a line that is no instruction."""
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[:end], rest[end:].strip()
+    match = re.match(r"([\w\-]+)\(", rest)
+    if not match:
+        return None
+    close = _closing(rest, match.end() - 1)
+    inside, attributes = rest[match.end() : close], rest[close + 1 :]
+    if match[1] in ("constant", "parameter"):
+        attributes, inside = inside, ""
+    operands = tuple(
+        re.findall(r"%([\w.\-]+)", inside) or re.findall(r"(?<![\w\[{,.=\-])([a-zA-Z_][\w.\-]*)(?=,|$)", inside)
+    )
+    arrays = tuple(
+        Array(type, tuple(int(d) for d in dims.split(",") if d), "S(1)" in (layout or ""))
+        for type, dims, layout in _SHAPE.findall(re.sub(r"/\*.*?\*/", "", shape))
+    )
+    return Instruction(name, arrays, match[1], operands, attributes, is_root)
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i
+    return len(text) - 1
+
+
+def _window(attributes: str, field: str, axis: int, default: str) -> str:
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    match = re.search(rf"\b{field}=([\d_x\-]+)", window[1]) if window else None
+    return match[1].split("x")[axis] if match else default
+
+
+@functools.cache
+def _real_pairs(size: int, window: int, out: int, *, stride: str, pad: str, lhs_dilate: str, rhs_dilate: str) -> int:
+    """Pairs of output and window positions of one axis that fall on an element of the input, not on padding."""
+    low = int(pad.split("_")[0])
+    position = np.arange(out)[:, None] * int(stride) + np.arange(window)[None] * int(rhs_dilate) - low
+    dilate = int(lhs_dilate)
+    return int(np.sum((position >= 0) & (position <= (size - 1) * dilate) & (position % dilate == 0)))
+
+
+def replica_axes(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
+    """The mesh axes along which a collective's devices differ, as 'data+fsdp', and how many devices take part in one."""
+    members = _first_group(attributes, math.prod(mesh_shape.values()))
+    if len(members) < 2:
+        return "none", len(members)
+    places = np.stack(np.unravel_index(members, tuple(mesh_shape.values())), axis=1)
+    axes = [axis for axis, column in zip(mesh_shape, places.T, strict=True) if len(set(column)) > 1]
+    # Permutations are pairs; the ring that they make up is the axis.
+    is_pair = "source_target_pairs" in attributes
+    return "+".join(axes), math.prod(mesh_shape[axis] for axis in axes) if is_pair else len(members)
+
+
+def _first_group(attributes: str, devices: int) -> np.ndarray:
+    """Devices of one group, in any of the three ways in which HLO writes groups."""
+    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return np.array([int(match[1]), int(match[2])])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        ids = np.arange(devices).reshape(tuple(sizes.values()))
+        taken = []
+        for axis, (name, size) in enumerate(sizes.items()):
+            part = re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", match[2])
+            if part is None:
+                taken.append((axis, np.array([0])))
+            elif part[1]:
+                inner = size // (int(part[1]) * int(part[2]))
+                taken.append((axis, np.arange(int(part[2])) * inner))
+            else:
+                taken.append((axis, np.arange(size)))
+        return ids[np.ix_(*(index for _, index in taken))].ravel()
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, dims = ([int(n) for n in match[i].split(",")] for i in (1, 2))
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        ids = ids.transpose([int(n) for n in match[3].split(",")]) if match[3] else ids
+        return ids.reshape(shape)[0]
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return np.array([int(n) for n in match[1].split(",")])
+    return np.arange(devices)
