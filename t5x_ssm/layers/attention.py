@@ -12,7 +12,9 @@ A chunk is `window` consecutive positions counted from the start of the document
 give alone. The sliding window of radius r in LongT5's and SPADE's terms is window = r + 1.
 Local spans are computed blockwise, in memory linear in the length, and their decode cache holds `window` keys however long
 the text; full attention caches every key.
-Collectives under model sharding (heads): one all-reduce of the output projection; none inside attention.
+Collectives under model sharding (heads): one all-reduce of the output projection; none inside attention. Under sequence
+sharding local spans receive the `window` keys and values before their own (and after, when not causal); full attention,
+cross-attention and a text no longer than `window` gather all keys and values.
 """
 
 import functools
@@ -25,9 +27,10 @@ from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init
-from t5x_ssm.layers.mixer import Run, document_positions
+from t5x_ssm.layers.mixer import Run
 from t5x_ssm.layers.positions import RelativeBias, relative_bias, rotate
 from t5x_ssm.layers.settings import require_positive
+from t5x_ssm.parallel import sequence
 from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
@@ -104,17 +107,23 @@ class Attention(nn.Module):
         if self.num_heads % kv_heads:
             raise UserError(f"Attention.num_kv_heads = {kv_heads} does not divide num_heads = {self.num_heads}.")
 
-        def project(name, inputs, heads):
+        # Where keys are gathered they are gathered here, once; a cache is whole on every device of `sequence`.
+        cached = run.decode or run.prefill
+        q_length = None if cached else "length"
+        local = self.span != "full" and length > self.window
+        k_length = "length" if local and not cached and not self.cross else None
+
+        def project(name, inputs, heads, length_axis):
             y = Dense(heads * head_dim, ("embed", "joined_kv"), self.use_bias, self.dtype, self.kernel_init, name=name)(
                 inputs
             )
-            return constrain(y.reshape(*y.shape[:-1], heads, head_dim), ("batch", None, "heads", None))
+            return constrain(y.reshape(*y.shape[:-1], heads, head_dim), ("batch", length_axis, "heads", None))
 
         source = run.encoded if self.cross else x
         q, k, v = (
-            project("query", x, self.num_heads),
-            project("key", source, kv_heads),
-            project("value", source, kv_heads),
+            project("query", x, self.num_heads, q_length),
+            project("key", source, kv_heads, k_length),
+            project("value", source, kv_heads, k_length),
         )
         q = q * (head_dim**-0.5 if self.scale is None else self.scale)
         table = run.bias_table if self.shared_bias else None
@@ -134,7 +143,7 @@ class Attention(nn.Module):
             if run.segment_ids is not None and run.encoded_segment_ids is not None:
                 visible = visible & (run.segment_ids[:, :, None] == run.encoded_segment_ids[:, None, :])
             out = attend(q, k, v, None, None, visible)
-        elif run.decode or run.prefill:
+        elif cached:
             out = self._cached(q, k, v, run, attend)
         else:
             positions, segments = run.positions, run.segment_ids
@@ -143,16 +152,16 @@ class Attention(nn.Module):
             if regular:
                 positions = jnp.arange(length, dtype=jnp.int32)[None]
             elif positions is None:
-                positions = document_positions(segments)
+                positions = sequence.document_positions(segments)
             if run.padding_mask is not None:
                 padding = run.padding_mask.astype(jnp.int32)
                 segments = padding if segments is None else segments * padding
             if self.rotary:
                 q, k = rotate(q, positions), rotate(k, positions)
-            if self.span == "full" or length <= self.window:
-                out = attend(q, k, v, positions, positions, self._visible(positions, positions, segments, segments))
-            else:
+            if local:
                 out = self._blockwise(q, k, v, positions, segments, attend, regular=regular)
+            else:
+                out = attend(q, k, v, positions, positions, self._visible(positions, positions, segments, segments))
 
         out = out.reshape(batch, length, self.num_heads * head_dim)
         out_init = self.out_kernel_init or self.kernel_init
@@ -193,31 +202,28 @@ class Attention(nn.Module):
           regular: positions simply count from 0, so that blocks are chunks and all blocks share one relative bias.
         """
         length, window = positions.shape[1], self.window
-        alone = regular and self.span == "chunk"
-
-        def blocks(a, value=0):
-            pad = [(0, 0), (0, -length % window)] + [(0, 0)] * (a.ndim - 2)
-            return jnp.pad(a, pad, constant_values=value).reshape(a.shape[0], -1, window, *a.shape[2:])
-
-        def context(a, value=0):
-            if alone:
-                return a
-            empty = jnp.full_like(a[:, :1], value)
-            parts = [jnp.concatenate([empty, a[:, :-1]], axis=1), a]
-            if not self.causal:
-                parts.append(jnp.concatenate([a[:, 1:], empty], axis=1))
-            return jnp.concatenate(parts, axis=2)
+        count = sequence.pieces(length)
+        if count > 1 and length // count < window:
+            raise UserError(
+                f"Attention.window = {window} reaches beyond the neighbouring device: {length} tokens over "
+                f"MeshConfig.sequence = {count} are {length // count} a device. Lower MeshConfig.sequence or the window."
+            )
+        alone = regular and self.span == "chunk" and (count == 1 or length // count % window == 0)
+        per_token, per_head = ("batch", "length"), ("batch", "length", "heads", None)
+        blocks = functools.partial(sequence.cut_into_blocks, size=window)
+        context = functools.partial(blocks, before=not alone, after=not alone and not self.causal)
 
         # Segment -1 is nobody's: padding and the blocks beyond both ends are never seen.
-        q_pos, q_seg = blocks(positions), blocks(jnp.ones_like(positions) if segments is None else segments, -1)
-        k_pos, k_seg = context(q_pos), context(q_seg, -1)
+        segments = jnp.ones_like(positions) if segments is None else segments
+        q_pos, q_seg = blocks(positions, per_token), blocks(segments, per_token, fill=-1)
+        k_pos, k_seg = context(positions, per_token), context(segments, per_token, fill=-1)
         visible = self._visible(q_pos, k_pos, q_seg, k_seg)
         if regular:
             q_pos = jnp.arange(window, dtype=jnp.int32)[None, None]
             first = 0 if alone else -window
             k_pos = jnp.arange(first, first + k_pos.shape[-1], dtype=jnp.int32)[None, None]
-        out = attend(blocks(q), context(blocks(k)), context(blocks(v)), q_pos, k_pos, visible)
-        return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+        out = attend(blocks(q, per_head), context(k, per_head), context(v, per_head), q_pos, k_pos, visible)
+        return sequence.join_blocks(out, per_head, length)
 
     def _cached(self, q, k, v, run: Run, attend):
         """Consumes tokens from and into the cache: a ring of keys and values, and how many tokens each row has seen."""

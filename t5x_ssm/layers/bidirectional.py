@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.layers.mixer import CoreAxes, Run, document_starts
+from t5x_ssm.layers.mixer import CoreAxes, Run
+from t5x_ssm.parallel import sequence
 from t5x_ssm.parallel.shard import shard
 
 
@@ -26,8 +27,12 @@ def run_bidirectional(
       y [B, L, H].
 
     Raises:
-      UserError: for a mode that reads the text in order.
+      UserError: for a mode that reads the text in order, and where the length is cut over devices.
     """
+    if sequence.pieces(u.shape[1]) > 1:
+        raise UserError(
+            "A state space with bidirectional = True needs the whole length on one device: set MeshConfig.sequence = 1."
+        )
     if run.decode or run.prefill or run.initial_state is not None or run.return_state:
         raise UserError(
             "A state space with bidirectional = True hears the future: it cannot decode or prefill and has no state to take "
@@ -41,4 +46,4 @@ def run_bidirectional(
         lambda system, backward, u, resets: core.bidirectional(system, backward, u, resets=resets),
         (axes.system, axes.system, axes.inputs, (axes.inputs[0], None)),
         axes.inputs,
-    )(system, backward, u, document_starts(run.segment_ids))
+    )(system, backward, u, sequence.document_starts(run.segment_ids))

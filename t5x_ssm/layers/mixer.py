@@ -24,6 +24,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.parallel import sequence
 from t5x_ssm.parallel.shard import shard
 from t5x_ssm.ssm.grouped import Grouped
 
@@ -61,26 +62,14 @@ class CoreAxes:
 
     Attributes:
       system: a tuple a leaf of the discretised system (a pytree prefix).
-      inputs: of the input and output sequence [B, L, H] ([B, L, H, G] where G inputs share each system).
+      inputs: of the input and output sequence [B, L, H] ([B, L, H, G] where G inputs share each system). None for the
+        length: only the mode decides whether it may be cut.
       state: of each leaf of the state.
     """
 
     system: Any
     inputs: tuple[str | None, ...]
     state: Any
-
-
-def document_starts(segment_ids: Array) -> Array:
-    """True where a packed document begins: [B, L] bool from segment ids [B, L]. Position 0 always begins one."""
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.concatenate([jnp.ones_like(changed, shape=(segment_ids.shape[0], 1)), changed], axis=1)
-
-
-def document_positions(segment_ids: Array) -> Array:
-    """Positions within the packed documents, counted from 0: int32 [B, L] from segment ids [B, L]."""
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    first = jnp.where(document_starts(segment_ids), index, 0)
-    return index - jax.lax.cummax(first, axis=1)
 
 
 def run_state_space(module: nn.Module, core: ModuleType | Grouped, system: Any, u: Array, axes: CoreAxes, run: Run):
@@ -142,23 +131,29 @@ def run_state_space(module: nn.Module, core: ModuleType | Grouped, system: Any, 
             variable.value = leaf
         return y, state
 
-    if run.segment_ids is None and run.initial_state is None and not run.return_state:
+    count = sequence.pieces(u.shape[1])
+    if count == 1 and run.segment_ids is None and run.initial_state is None and not run.return_state:
         return shard(core.convolve, (axes.system, inputs), inputs)(system, u), None
 
-    state = core.zero_state(system, batch) if run.initial_state is None else run.initial_state
-    if run.segment_ids is None:
-        resets = jnp.zeros(u.shape[:2], bool)
-        known_clean = True
-    else:
-        resets = document_starts(run.segment_ids)
+    inputs, per_token = (inputs[0], "length", *inputs[2:]), (inputs[0], "length")
+    resets = None
+    if run.segment_ids is not None:
+        resets = sequence.document_starts(run.segment_ids)
         # A given state belongs to the document that position 0 continues.
         if run.initial_state is not None:
-            resets = resets.at[:, 0].set(False)
-        known_clean = False
+            resets = resets & (jnp.arange(u.shape[1]) > 0)
 
     def chunked(system, u, state, resets):
-        return core.chunked(system, u, state=state, resets=None if known_clean else resets)
+        if count == 1:
+            return core.chunked(system, u, state=state, resets=resets)
+        y, last = sequence.chunked(core, system, u, count=count, state=state, resets=resets)
+        return y, last() if run.return_state else None
 
-    return shard(chunked, (axes.system, inputs, axes.state, (axes.inputs[0], None)), (inputs, axes.state))(
-        system, u, state, resets
-    )
+    state = run.initial_state
+    if count == 1 and state is None:
+        state = core.zero_state(system, batch)
+    return shard(
+        chunked,
+        (axes.system, inputs, None if state is None else axes.state, per_token),
+        (inputs, axes.state if count == 1 or run.return_state else None),
+    )(system, u, state, resets)

@@ -30,7 +30,7 @@ def current_mesh() -> Mesh | jax.sharding.AbstractMesh | None:
 def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
     """Asks the partitioner to keep `x` sharded by its logical axes; the identity without a mesh."""
     mesh = current_mesh()
-    if mesh is None or _inside_shard_map():
+    if mesh is None or inside_shard_map():
         return x
     spec = rules.usable(rules.mesh_axes(logical_axes), x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, spec)
@@ -51,7 +51,7 @@ def shard(function: Callable, in_axes: LogicalAxes, out_axes: LogicalAxes) -> Ca
 
     def wrapped(*args):
         mesh = current_mesh()
-        if mesh is None or _inside_shard_map():
+        if mesh is None or inside_shard_map():
             return function(*args)
         is_axes = lambda t: isinstance(t, tuple) and all(a is None or isinstance(a, str) for a in t)
         per_leaf = jax.tree.map(
@@ -70,7 +70,7 @@ def shard(function: Callable, in_axes: LogicalAxes, out_axes: LogicalAxes) -> Ca
     return wrapped
 
 
-def _inside_shard_map() -> bool:
+def inside_shard_map() -> bool:
     """Whether a surrounding shard_map has already made the arrays local."""
     mesh = jax.sharding.get_abstract_mesh()
     return bool(mesh.manual_axes) if not mesh.empty else False

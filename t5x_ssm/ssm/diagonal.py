@@ -327,18 +327,37 @@ def _one_chunk(system: Diagonal, taps, u, resets, state):
     length = u.shape[1]
     x = _cast(system, u)
     y = causal_convolution(x, taps[:, :length], resets=resets)
-    newest = x
-    if resets is not None:
-        document = jnp.cumsum(resets, axis=1)
-        newest = jnp.where((document == document[:, -1:])[..., None], x, 0)
     if state is not None:
         ring = _ring(system, state, length)
         if resets is not None:
+            document = jnp.cumsum(resets, axis=1)
             ring = jnp.where((document == 0)[..., None], ring, 0)
             state = scans.clear_state(state, document[:, -1] > 0)
         y = y + ring
     lengths = jnp.full((u.shape[0],), length, jnp.int32)
-    return y.astype(u.dtype), _advance(system, newest[:, ::-1], lengths, state)
+    return y.astype(u.dtype), _advance(system, scans.last_document(x, resets)[:, ::-1], lengths, state)
+
+
+def handover(system: Diagonal, u, resets, doublings: int):
+    """What a piece of a sequence tells the pieces after it, without its outputs.
+
+    Args:
+      u: [B, T, H].
+      resets: bool [B, T] or None, as in `chunked`.
+      doublings: how many of the maps are wanted.
+
+    Returns:
+      The state after the last token from a zero state, and maps from a state to what T, 2T, 4T … further steps without
+      input make of it.
+    """
+    newest = scans.last_document(_cast(system, u), resets)
+    end = multiply(*moments(jnp.swapaxes(newest[:, ::-1], 1, 2), system.pole), *_input_gain(system))
+
+    def over(steps):
+        factor = power(system.pole, jnp.asarray(steps))
+        return lambda state: multiply(*state, *factor)
+
+    return end, [over(u.shape[1] << i) for i in range(doublings)]
 
 
 def prefill(system: Diagonal, u, lengths, *, state=None):

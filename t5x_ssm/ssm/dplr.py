@@ -413,18 +413,36 @@ def _one_chunk(system: DPLR, tables: _Tables, u, resets, state):
     length = u.shape[1]
     x = _cast(system, u)
     y = causal_convolution(x, tables.taps[:, :length], resets=resets)
-    newest = x
-    if resets is not None:
-        document = jnp.cumsum(resets, axis=1)
-        newest = jnp.where((document == document[:, -1:])[..., None], x, 0)
     if state is not None:
         ring = _ring(tables, state, length)
         if resets is not None:
+            document = jnp.cumsum(resets, axis=1)
             ring = jnp.where((document == 0)[..., None], ring, 0)
             state = scans.clear_state(state, document[:, -1] > 0)
         y = y + ring
     lengths = jnp.full((u.shape[0],), length, jnp.int32)
-    return y.astype(u.dtype), _advance(tables, newest[:, ::-1], lengths, state)
+    return y.astype(u.dtype), _advance(tables, scans.last_document(x, resets)[:, ::-1], lengths, state)
+
+
+def handover(system: DPLR, u, resets, doublings: int):
+    """What a piece of a sequence tells the pieces after it; see `diagonal.handover`."""
+    length = u.shape[1]
+    powers = _powers(system, length.bit_length() + max(0, doublings - 1))
+    inputs = _columns(powers, _input_column(system), 1 << _tile_bits(length))
+    newest = scans.last_document(_cast(system, u), resets)
+    end = _gather(powers, inputs, newest[:, ::-1])
+
+    def over(steps):
+        def run(state):
+            v = jnp.concatenate(state, axis=-1)
+            for k, power in enumerate(powers):
+                if steps >> k & 1:
+                    v = v + _product("hij,bhj->bhi", power, v)
+            return tuple(jnp.split(v, 2, axis=-1))
+
+        return run
+
+    return tuple(jnp.split(end, 2, axis=-1)), [over(length << i) for i in range(doublings)]
 
 
 def prefill(system: DPLR, u, lengths, *, state=None):
@@ -455,17 +473,7 @@ def _ring(tables: _Tables, state, length: int):
 
 def _advance(tables: _Tables, backwards, lengths, state):
     """The state after lengths[b] more tokens, which are given last one first, zeros behind: [B, L, H]."""
-    batch, length, channels = backwards.shape
-    tile = tables.inputs.shape[-1]
-    tiles = -(-length // tile)
-    u = jnp.pad(backwards, [(0, 0), (0, tiles * tile - length), (0, 0)]).reshape(batch, tiles, tile, channels)
-    states = _product("hmt,bqth->bhqm", tables.inputs, u)
-    # Σ_q Ā^{qT} states[q], pairs at a time.
-    for power in tables.powers[tile.bit_length() - 1 :][: (tiles - 1).bit_length()]:
-        states = jnp.pad(states, [(0, 0), (0, 0), (0, states.shape[2] % 2), (0, 0)])
-        later = states[:, :, 1::2]
-        states = states[:, :, ::2] + later + _product("hij,bhqj->bhqi", power, later)
-    total = states[:, :, 0]
+    total = _gather(tables.powers, tables.inputs, backwards)
     if state is not None:
         old = jnp.concatenate(state, axis=-1)
         bits = lengths >> jnp.arange(len(tables.powers))[:, None] & 1
@@ -476,3 +484,18 @@ def _advance(tables: _Tables, backwards, lengths, state):
 
         total = total + lax.scan(age, old, (tables.powers, bits))[0]
     return tuple(jnp.split(total, 2, axis=-1))
+
+
+def _gather(powers, inputs, backwards):
+    """Σ_l Ā^l B̄ u[l] for u [B, L, H], with `powers` and `inputs` as in `_Tables`: [B, H, M]."""
+    batch, length, channels = backwards.shape
+    tile = inputs.shape[-1]
+    tiles = -(-length // tile)
+    u = jnp.pad(backwards, [(0, 0), (0, tiles * tile - length), (0, 0)]).reshape(batch, tiles, tile, channels)
+    states = _product("hmt,bqth->bhqm", inputs, u)
+    # Σ_q Ā^{qT} states[q], pairs at a time.
+    for power in powers[tile.bit_length() - 1 :][: (tiles - 1).bit_length()]:
+        states = jnp.pad(states, [(0, 0), (0, 0), (0, states.shape[2] % 2), (0, 0)])
+        later = states[:, :, 1::2]
+        states = states[:, :, ::2] + later + _product("hij,bhqj->bhqi", power, later)
+    return states[:, :, 0]

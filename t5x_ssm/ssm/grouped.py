@@ -39,6 +39,11 @@ class Grouped:
         """Chunk after chunk; resets bool [B, L]. Returns outputs and state."""
         return self._run(self.core.chunked, system, u, state, resets=self._per_row(resets), chunk_size=chunk_size)
 
+    def handover(self, system: Any, u, resets, doublings: int):
+        """What a piece of a sequence tells the pieces after it; see `diagonal.handover`."""
+        end, maps = self.core.handover(system, self._rows(u), self._per_row(resets), doublings)
+        return self._unfold(end), [lambda state, run=run: self._unfold(run(self._fold(state))) for run in maps]
+
     def prefill(self, system: Any, u, lengths, *, state=None):
         """Outputs, and the state after lengths[b] tokens of row b."""
         return self._run(self.core.prefill, system, u, state, lengths=self._per_row(lengths))

@@ -19,7 +19,7 @@ from t5x_ssm.ssm import scan as scans
 from t5x_ssm.ssm.diagonal_scan import states
 from t5x_ssm.ssm.discretization import bilinear, divide, zoh
 from t5x_ssm.ssm.double_float import Double
-from t5x_ssm.ssm.powers import Pole, multiply, one_step, power_minus_one
+from t5x_ssm.ssm.powers import Pole, moments, multiply, one_step, power, power_minus_one
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 
@@ -241,6 +241,21 @@ def chunked(system: MultiInput, u, *, state=None, resets=None, chunk_size: int |
         return run(u, resets, state)
     state = zero_state(system, u.shape[0]) if state is None else state
     return scans.in_chunks(run, u, resets, state, chunk)
+
+
+def handover(system: MultiInput, u, resets, doublings: int):
+    """What a piece of a sequence tells the pieces after it; see `diagonal.handover`."""
+    backwards = scans.last_document(_enter(system, u), resets)[:, ::-1]  # [B, T, 2, P]
+    # One channel of one mode for each mode: [2, B, P, T] and back.
+    each_mode = Pole(*(x[:, None] for x in system.pole))
+    re, im = (x[..., 0] for x in moments(jnp.moveaxis(backwards, (2, 1), (0, -1)), each_mode))
+    end = re[0] - im[1], im[0] + re[1]
+
+    def over(steps):
+        factor = power(system.pole, jnp.asarray(steps))
+        return lambda state: multiply(*state, *factor)
+
+    return end, [over(u.shape[1] << i) for i in range(doublings)]
 
 
 def prefill(system: MultiInput, u, lengths, *, state=None):

@@ -10,6 +10,14 @@ def clear_state(state, resets):
     return jax.tree.map(lambda x: jnp.where(resets.reshape(-1, *(1,) * (x.ndim - 1)), jnp.zeros_like(x), x), state)
 
 
+def last_document(u, resets):
+    """u [B, L, ...] with zeros before the last reset (bool [B, L]) of each row: all that the state after it knows."""
+    if resets is None:
+        return u
+    document = jnp.cumsum(resets, axis=1)
+    return jnp.where((document == document[:, -1:]).reshape(*resets.shape, *(1,) * (u.ndim - 2)), u, 0)
+
+
 def recurrence(step, u, state, resets=None, reverse: bool = False):
     """Runs a one-token step over a sequence.
 

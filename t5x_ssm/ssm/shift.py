@@ -95,13 +95,24 @@ def chunked(system: Shift, u, *, state=None, resets=None, chunk_size: int | None
 def _with_past(system: Shift, u, resets, state):
     past = state.shape[-1]
     x = jnp.concatenate([jnp.swapaxes(state, 1, 2), _cast(system, u)], axis=1)
-    newest = x[:, -past:]
     if resets is not None:
         resets = jnp.pad(resets, [(0, 0), (past, 0)])
-        document = jnp.cumsum(resets, axis=1)
-        newest = jnp.where((document[:, -past:] == document[:, -1:])[..., None], newest, 0)
+    newest = scans.last_document(x, resets)[:, -past:]
     y = _filter(system, x, resets)[:, past:]
     return y.astype(u.dtype), jnp.swapaxes(newest, 1, 2)
+
+
+def handover(system: Shift, u, resets, doublings: int):
+    """What a piece of a sequence tells the pieces after it; see `diagonal.handover`. A long piece lets nothing through."""
+    length, past = u.shape[1], system.taps.shape[1]
+    newest = jnp.swapaxes(scans.last_document(_cast(system, u), resets)[:, -past:], 1, 2)
+    end = jnp.pad(newest, [(0, 0), (0, 0), (past - newest.shape[2], 0)])
+
+    def over(steps):
+        steps = min(steps, past)
+        return lambda state: jnp.pad(state[..., steps:], [(0, 0), (0, 0), (0, steps)])
+
+    return end, [over(length << i) for i in range(doublings)]
 
 
 def prefill(system: Shift, u, lengths, *, state=None):

@@ -9,7 +9,7 @@ from tiny import jit, random_parameters
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.layers.attention import Attention
-from t5x_ssm.layers.mixer import document_positions, document_starts
+from t5x_ssm.parallel.sequence import document_positions, document_starts
 
 WIDTH, LENGTH = 8, 13
 # Two documents and padding; then one document that fills the row.

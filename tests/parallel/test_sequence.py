@@ -1,0 +1,40 @@
+"""Mixers over a length that is cut over devices, in processes with 8 virtual devices; see `sequence_programs`."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+PROGRAMS = pathlib.Path(__file__).with_name("sequence_programs.py")
+
+# One of each kind of core and of halo in the ordinary suite; with the slow ones it is every mixer.
+FAST = ("gss", "swa")
+SLOW = ("h3", "h3 heads", "s4", "s4d", "dss", "s5", "s5op", "both ways", "chunk", "even chunk", "attn")
+
+
+def run(check, names):
+    done = subprocess.run([sys.executable, str(PROGRAMS), check, *names], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall(r"^passed (.+)$", done.stdout, re.MULTILINE) == list(names)
+
+
+@pytest.mark.parametrize("names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
+def test_values_and_gradients_are_those_of_one_device(names):
+    run("values_and_gradients", names)
+
+
+@pytest.mark.parametrize("names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
+def test_communication_does_not_grow_with_the_length(names):
+    run("communication_does_not_grow_with_the_length", names)
+
+
+@pytest.mark.slow
+def test_a_state_comes_in_and_goes_out():
+    run("a_state_comes_in_and_goes_out", ("gss", "h3", "s4"))
+
+
+@pytest.mark.slow
+def test_mistakes_name_their_settings():
+    run("mistakes_name_their_settings", ("all",))
