@@ -11,6 +11,8 @@ import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "t5x_ssm/__init__.py").read_text()).group(1)
+# What single formats of corpora and vocabularies need.
+DATA = ["pyarrow>=18", "tokenizers>=0.20,<1", "zstandard>=0.22,<1"]
 
 setuptools.setup(
     name="t5x_ssm",
@@ -41,8 +43,18 @@ setuptools.setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        "data": DATA,
         "plots": ["matplotlib>=3.9,<4"],
-        "test": ["hypothesis>=6.100,<7", "matplotlib>=3.9,<4", "pytest>=8,<10", "ruff>=0.8"],
+        # What T5X imports and the index has; T5X itself is not there, see docs/t5x.md.
+        "t5x": [
+            "cached-property>=2,<3",
+            "chex>=0.1.89",
+            "fiddle>=0.3,<0.4",
+            "jaxtyping>=0.2.34",
+            "tensorboard>=2.18",
+            "tensorstore>=0.1.70",
+        ],
+        "test": [*DATA, "hypothesis>=6.100,<7", "matplotlib>=3.9,<4", "pytest>=8,<10", "ruff>=0.8"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     },
 )

@@ -8,7 +8,16 @@ a source is opened when its data is asked for.
 
 import importlib
 
-REGISTERING_MODULES = ("tasks.embedded",)
+REGISTERING_MODULES = (
+    "tasks.embedded",
+    "tasks.corpora.books",
+    "tasks.corpora.code",
+    "tasks.corpora.mathematics",
+    "tasks.corpora.benchmarks",
+    "tasks.corpora.web",
+    "tasks.corpora.pile",
+    "tasks.corpora.mixtures",
+)
 
 
 def register() -> None:

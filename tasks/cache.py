@@ -1,54 +1,42 @@
 """The token cache: each task's documents, tokenised once by its seqio preprocessors, as one indexed token stream.
 
-    python -m tasks.cache --mixture=NAME [--cache_dir=DIR] [--module=MODULE]
+    python -m tasks.cache --mixture=NAME [--output_dir=DIR] [--processes=N] [--module=MODULE]
+                          [--gin_file=FILE] [--gin.NAME=VALUE]
 
-    DIR/TASK/FINGERPRINT/SPLIT/tokens.bin      every document's tokens, one after the other, little-endian, in the
-                                               smallest unsigned type that holds the vocabulary
-                               offsets.npy     int64 [documents + 1]: where each document starts, and the end
-                               bytes.npy       int64 [documents]: UTF-8 length of each document's text, from which
-                                               bits per byte are exact under any vocabulary
-                               manifest.json   counts, type, vocabulary, sizes and checksums of the three files
-    DIR/NAME/FINGERPRINT.json                  a mixture (or a task alone): its tasks, rates and vocabulary
-
-A task's folder appears whole by one rename, so a killed or concurrent run leaves nothing half-made behind that
-could be taken for a cache. The fingerprint covers the task's name, source, preprocessors and vocabulary. Reading
-needs only numpy: seqio is imported when a cache is made.
+The output does not depend on --processes. Killed and started again, it goes on with the shards that were not finished.
+`tasks.cache_files` has the layout. A task's folder appears whole by one rename, so a killed or concurrent run leaves
+nothing half-made behind that could be taken for a cache. The fingerprint covers the task's name, source, preprocessors and
+vocabulary. Reading needs only numpy: seqio is imported when a cache is made.
 """
 
 import argparse
-import array
-import hashlib
+import functools
 import importlib
-import importlib.metadata
-import importlib.util
-import json
 import logging
 import os
 import pathlib
-import platform
 import re
-import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from tasks.cache_files import FEATURE, FORMAT, CacheError, check, digest, is_current, read_json, version, write_whole
 
 if TYPE_CHECKING:
     import seqio
 
-logger = logging.getLogger(__name__)
-
-FORMAT = 1
-FEATURE = "targets"
-DATA_FILES = ("tokens.bin", "offsets.npy", "bytes.npy")
-_STALE_SECONDS = 24 * 3600
-
-
-class CacheError(ValueError):
-    """A task or mixture that is unknown or cannot be cached, or a damaged cache; the message is for the user."""
+__all__ = [
+    "FEATURE",
+    "FORMAT",
+    "CacheError",
+    "build",
+    "check",
+    "default_cache_dir",
+    "find",
+    "read_json",
+    "registered",
+    "version",
+]
 
 
 def default_cache_dir() -> pathlib.Path:
@@ -75,7 +63,7 @@ def find(name: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path 
         mixture = read_json(path)
         if (
             mixture.get("format") == FORMAT
-            and all(version(name) == made_from for name, made_from in mixture["environment"].items())
+            and all(is_current(name, made_from) for name, made_from in mixture["environment"].items())
             and all((cache_dir / component["directory"]).is_dir() for component in mixture["components"])
         ):
             return path
@@ -83,7 +71,13 @@ def find(name: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path 
 
 
 def build(
-    name: str, cache_dir: str | os.PathLike | None = None, *, modules: Iterable[str] = ("tasks",)
+    name: str,
+    cache_dir: str | os.PathLike | None = None,
+    *,
+    modules: Iterable[str] = ("tasks",),
+    processes: int = 1,
+    gin_files: Sequence[str] = (),
+    gin_bindings: Sequence[str] = (),
 ) -> pathlib.Path:
     """Makes what is missing of a task's or mixture's cache.
 
@@ -91,22 +85,32 @@ def build(
       name: a registered seqio task or mixture whose only feature is `targets`.
       cache_dir: where caches lie; `default_cache_dir()` if None.
       modules: modules whose import registers tasks; `tasks` stands for all of this package's.
+      processes: how many work at once; above 1, `modules` have to register the tasks in each.
+      gin_files, gin_bindings: settings of the corpora, which those processes need too.
 
     Returns:
       The path of the mixture file.
 
     Raises:
       CacheError: for an unknown name (with the nearest ones), other features, a rate that is not positive, tasks of
-        different vocabularies, or tokens outside the vocabulary; or if an existing cache is damaged.
+        different vocabularies, a corpus that cannot be found or read, or tokens outside the vocabulary; or if an existing
+        cache is damaged.
     """
-    from tasks import vocabularies
+    from tasks import cache_writer, vocabularies
 
+    if processes < 1:
+        raise CacheError(f"--processes={processes}; it must be at least 1.")
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
+    prepare = functools.partial(_prepare, tuple(modules), tuple(gin_files), tuple(gin_bindings))
+    prepare()
     provider = registered(name, modules)
     tasks = list(getattr(provider, "tasks", [provider]))
     components, environment, vocabulary = [], {}, None
     for task in tasks:
-        rate = float(provider.get_rate(task)) if len(tasks) > 1 or provider is not task else 1.0
+        try:
+            rate = float(provider.get_rate(task)) if len(tasks) > 1 or provider is not task else 1.0
+        except ValueError as error:
+            raise CacheError(f"The rate of {task.name!r} in mixture {name!r}: {error}") from error
         if not 0 < rate < float("inf"):
             raise CacheError(f"Task {task.name!r} has rate {rate} in mixture {name!r}; a rate must be positive.")
         if set(task.output_features) != {FEATURE}:
@@ -123,7 +127,22 @@ def build(
             )
         source = _describe_source(task.source)
         environment.update(source.get("environment", {}))
-        directory = _build_task(task, cache_dir, source, found)
+        identity = {
+            "format": FORMAT,
+            "task": task.name,
+            "source": source,
+            "preprocessors": [_describe_callable(p) for p in task.preprocessors],
+            "vocabulary": found["hash"],
+        }
+        directory = cache_writer.build_task(
+            task,
+            cache_dir,
+            identity,
+            found,
+            processes=processes,
+            prepare=prepare,
+            published=source.get("published"),
+        )
         components.append({"task": task.name, "rate": rate, "directory": directory.relative_to(cache_dir).as_posix()})
     mixture = {
         "format": FORMAT,
@@ -132,9 +151,24 @@ def build(
         "vocabulary": vocabulary,
         "environment": environment,
     }
-    path = cache_dir / name / f"{_hash(mixture)}.json"
-    _write_whole(path, mixture)
+    path = cache_dir / name / f"{digest(mixture)}.json"
+    write_whole(path, mixture)
     return path
+
+
+def _prepare(modules: Sequence[str], gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
+    """Registers tasks and reads their settings, in this process."""
+    for module in modules:
+        try:
+            imported = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise CacheError(f"Cannot import {module!r}, which should register tasks: {error}.") from error
+        if module == "tasks":
+            imported.register()
+    if gin_files or gin_bindings:
+        import gin
+
+        gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings))
 
 
 def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | seqio.Mixture":
@@ -147,13 +181,7 @@ def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | 
 
     import seqio
 
-    for module in modules:
-        try:
-            imported = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise CacheError(f"Cannot import {module!r}, which should register {name!r}: {error}.") from error
-        if module == "tasks":
-            imported.register()
+    _prepare(tuple(modules), (), ())
     names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -165,153 +193,11 @@ def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | 
     return seqio.get_mixture_or_task(name)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a mixture file or a manifest; CacheError, with its name, if it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        made_whole = path.parent.parent if path.name == "manifest.json" else path
-        raise CacheError(f"The token cache file {path} cannot be read: {error}. {_repair(made_whole)}") from error
-
-
-def check(directory: pathlib.Path, *, checksums: bool = False) -> dict[str, Any]:
-    """Checks one split of a cached task against its manifest, and returns the manifest.
-
-    Args:
-      directory: DIR/TASK/FINGERPRINT/SPLIT.
-      checksums: also reads every file and compares its SHA-256; sizes are always compared.
-
-    Raises:
-      CacheError: naming the missing, truncated or altered file.
-    """
-    manifest = read_json(directory / "manifest.json")
-    repair = _repair(directory.parent)
-    if manifest.get("format") != FORMAT:
-        raise CacheError(f"{directory} has the cache format {manifest.get('format')}, not {FORMAT}. {repair}")
-    for name, expected in manifest["files"].items():
-        path = directory / name
-        if not path.is_file():
-            raise CacheError(f"The token cache file {path} is missing. {repair}")
-        if (size := path.stat().st_size) != expected["size"]:
-            raise CacheError(f"The token cache file {path} has {size} bytes instead of {expected['size']}. {repair}")
-        if checksums and _sha256(path) != expected["sha256"]:
-            raise CacheError(f"The token cache file {path} does not have its recorded checksum. {repair}")
-    return manifest
-
-
-def version(name: str) -> str | None:
-    """The present version of something that a source depends on.
-
-    Args:
-      name: 'python', the name of an installed distribution, or 'module NAME' for a digest of a module's source.
-
-    Returns:
-      The version; None if it is not installed.
-    """
-    if name == "python":
-        return platform.python_version()
-    try:
-        if name.startswith("module "):
-            spec = importlib.util.find_spec(name.removeprefix("module "))
-            return _sha256(pathlib.Path(spec.origin))[:16] if spec and spec.origin else None
-        return importlib.metadata.version(name)
-    except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
-        return None
-
-
-def _repair(made_whole: pathlib.Path) -> str:
-    return f"Remove {made_whole} and start again: the cache is then made anew."
-
-
-def _build_task(task: "seqio.Task", cache_dir: pathlib.Path, source: dict, vocabulary: dict) -> pathlib.Path:
-    """Makes DIR/TASK/FINGERPRINT unless it is there, and returns it."""
-    identity = {
-        "format": FORMAT,
-        "task": task.name,
-        "source": source,
-        "preprocessors": [_describe_callable(p) for p in task.preprocessors],
-        "vocabulary": vocabulary["hash"],
-    }
-    target = cache_dir / task.name / _hash(identity)
-    splits = sorted(task.splits)
-    if target.is_dir():
-        for split in splits:
-            check(target / split)
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target.parent)
-    logger.info("Tokenizing %s (%s) into %s", task.name, ", ".join(splits), target)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
-    try:
-        for split in splits:
-            _write_split(task, split, temporary / split, identity, vocabulary)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(target)
-        except OSError:
-            # Another process was quicker; its cache has the same contents.
-            if not target.is_dir():
-                raise
-            for split in splits:
-                check(target / split)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _write_split(task: "seqio.Task", split: str, directory: pathlib.Path, identity: dict, vocabulary: dict) -> None:
-    dtype = np.dtype(np.min_scalar_type(vocabulary["size"] - 1)).newbyteorder("<")
-    offsets, lengths = array.array("q", [0]), array.array("q")
-    directory.mkdir()
-    with open(directory / "tokens.bin", "wb") as file:
-        for tokens, byte_length in _documents(task, split):
-            if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary["size"]:
-                raise CacheError(
-                    f"Document {len(lengths)} of {task.name!r}, split {split!r}, has token ids from {tokens.min()} to "
-                    f"{tokens.max()}, outside its vocabulary of {vocabulary['size']}."
-                )
-            file.write(tokens.astype(dtype).tobytes())
-            offsets.append(offsets[-1] + tokens.size)
-            lengths.append(byte_length)
-    np.save(directory / "offsets.npy", np.array(offsets, np.int64))
-    np.save(directory / "bytes.npy", np.array(lengths, np.int64))
-    manifest = {
-        **identity,
-        "split": split,
-        "documents": len(lengths),
-        "tokens": offsets[-1],
-        "bytes": sum(lengths),
-        "dtype": dtype.str,
-        "vocabulary": vocabulary,
-        "files": {
-            name: {"size": (directory / name).stat().st_size, "sha256": _sha256(directory / name)}
-            for name in DATA_FILES
-        },
-        "made_by": {name: version(name) for name in ("t5x_ssm", "seqio", "python")},
-    }
-    _write_whole(directory / "manifest.json", manifest)
-    for name in DATA_FILES:
-        _sync(directory / name)
-
-
-def _documents(task: "seqio.Task", split: str) -> Iterator[tuple[np.ndarray, int]]:
-    """Tokens [n] and text length in bytes of each document, as the task's preprocessors make them."""
-    vocabulary = task.output_features[FEATURE].vocabulary
-    dataset = task.get_dataset(
-        sequence_length=None, split=split, shuffle=False, trim_output_features=False, try_in_mem_cache=False
-    )
-    for example in dataset.as_numpy_iterator():
-        tokens = example[FEATURE]
-        text = example.get(f"{FEATURE}_pretokenized")
-        if not isinstance(text, bytes):
-            text = vocabulary.decode([int(t) for t in tokens]).encode("utf-8")
-        yield tokens, len(text)
-
-
 def _describe_source(source: "seqio.DataSource") -> dict[str, Any]:
     described = {"kind": type(source).__name__, "splits": sorted(source.splits or ()), "repr": _stable(repr(source))}
-    # A function says what its data depends on through an attribute: {"environment": {name: version(name)}, …}.
-    describe = getattr(getattr(source, "_dataset_fn", None), "describe_source", None)
+    # A source or its function says what its data depends on: {"environment": {name: version(name)}, …}.
+    own = getattr(source, "describe_source", None)
+    describe = own or getattr(getattr(source, "_dataset_fn", None), "describe_source", None)
     return {**described, **describe()} if describe else described
 
 
@@ -327,56 +213,78 @@ def _stable(text: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def _hash(identity: dict) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_whole(path: pathlib.Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
-
-
-def _sync(path: pathlib.Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _remove_stale(folder: pathlib.Path) -> None:
-    """Removes what killed runs left; a day's grace, for a run on another machine may still be writing."""
-    for path in folder.glob(".making-*"):
-        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.cache", description="Makes the token cache of a mixture.")
     parser.add_argument("--mixture", required=True, help="a registered seqio task or mixture")
-    parser.add_argument("--cache_dir", default=None, help=f"where caches lie (default: {default_cache_dir()})")
-    parser.add_argument("--module", action="append", default=[], help="a module that registers tasks; repeatable")
-    flags = parser.parse_args(arguments)
+    parser.add_argument(
+        "--output_dir", "--cache_dir", default=None, help=f"where caches lie (default: {default_cache_dir()})"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="how many work at once")
+    add_registration_flags(parser)
+    flags = parse_flags(parser, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        path = build(flags.mixture, flags.cache_dir, modules=("tasks", *flags.module))
-        cache_dir = path.parent.parent
-        for component in read_json(path)["components"]:
-            for manifest_path in sorted((cache_dir / component["directory"]).glob("*/manifest.json")):
-                m = read_json(manifest_path)
-                print(
-                    f"{m['task']:<24} {m['split']:<12} rate {component['rate']:<8g} {m['documents']:>10,} documents "
-                    f"{m['tokens']:>14,} tokens {m['bytes']:>14,} bytes"
-                )
+        path = build(
+            flags.mixture,
+            flags.output_dir,
+            modules=("tasks", *flags.module),
+            processes=flags.processes,
+            gin_files=flags.gin_file,
+            gin_bindings=flags.gin_bindings,
+        )
+        for manifest, rate in manifests(path):
+            print(summary(manifest, rate))
         print(path)
     except (ValueError, OSError) as error:
         sys.exit(f"tasks.cache: {error}")
+
+
+def add_registration_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every tool here: what registers the tasks, and their settings."""
+    parser.add_argument("--module", action="append", default=[], help="a module that registers tasks; repeatable")
+    parser.add_argument("--gin_file", action="append", default=[], help="settings of the corpora; repeatable")
+
+
+def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses a command line with `--gin.NAME=VALUE` in it; those become `gin_bindings`. A VALUE that is not gin syntax is
+    taken as a string."""
+    given = sys.argv[1:] if arguments is None else arguments
+    bindings = []
+    for argument in (a for a in given if a.startswith("--gin.")):
+        name, equals, value = argument.removeprefix("--gin.").partition("=")
+        if not (name and equals):
+            parser.error(f"{argument}: a gin flag is written --gin.NAME=VALUE")
+        plain = re.fullmatch(r"[\d.eE+-]+|True|False|None|[\['\"(@%{].*", value)
+        bindings.append(f"{name} = {value if plain else repr(value)}")
+    flags = parser.parse_args([a for a in given if not a.startswith("--gin.")])
+    flags.gin_bindings = bindings
+    return flags
+
+
+def manifests(path: pathlib.Path) -> list[tuple[dict[str, Any], float]]:
+    """The manifests of all splits of a mixture file's tasks, each with its task's rate."""
+    found = []
+    for component in read_json(path)["components"]:
+        for manifest in sorted((path.parent.parent / component["directory"]).glob("*/manifest.json")):
+            found.append((read_json(manifest), component["rate"]))
+    return found
+
+
+def summary(manifest: dict[str, Any], rate: float) -> str:
+    """A line about a split: its size, and what was left out, replaced or cut on the way."""
+    m = manifest
+    line = (
+        f"{m['task']:<24} {m['split']:<12} rate {rate:<8g} {m['documents']:>10,} documents "
+        f"{m['tokens']:>14,} tokens {m['bytes']:>14,} bytes"
+    )
+    words = {
+        "empty": "empty documents left out",
+        "invalid_utf8": "documents with invalid UTF-8 replaced",
+        "cut": "cuts in long files",
+    }
+    notes = [f"{m['counts'][name]:,} {text}" for name, text in words.items() if m["counts"].get(name)]
+    return "; ".join([line, *notes])
 
 
 if __name__ == "__main__":

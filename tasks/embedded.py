@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tasks import embedded_corpus
 from tasks.embedded_corpus import documents
+from tasks.pieces import split_long_documents
 from tasks.vocabularies import byte_vocabulary
 
 __all__ = ["MIXTURE_RATES", "documents", "split_long_documents"]
@@ -24,27 +25,6 @@ MIXTURE_RATES = {"embedded_books": 1, "embedded_code": 2, "embedded_math": 1}
 _SHUFFLE_BUFFER_SIZE = 256
 
 _FEATURES = {"targets": seqio.Feature(vocabulary=byte_vocabulary(), add_eos=True)}
-
-
-def split_long_documents(
-    dataset: tf.data.Dataset, sequence_length: dict[str, int] | None = None, feature: str = "targets"
-) -> tf.data.Dataset:
-    """Cuts documents into pieces of the sequence length, where seqio would trim them and lose the rest.
-
-    Without a sequence length (the token cache takes whole documents) nothing changes. Pieces keep only `feature`.
-    """
-    length = (sequence_length or {}).get(feature)
-    if length is None:
-        return dataset
-
-    def pieces(example):
-        tokens = example[feature]
-        count = (tf.size(tokens) + length - 1) // length
-        return tf.data.Dataset.range(tf.cast(count, tf.int64)).map(
-            lambda i: {feature: tokens[i * length : (i + 1) * length]}
-        )
-
-    return dataset.flat_map(pieces)
 
 
 def _open(split: str, shuffle_files: bool, seed: int | None = None, *, domain: str) -> tf.data.Dataset:

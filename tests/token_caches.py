@@ -19,20 +19,33 @@ VOCABULARY = {
 
 
 def write_split(
-    directory: pathlib.Path, task: str, documents: Sequence[Sequence[int]], byte_lengths: Sequence[int]
+    directory: pathlib.Path,
+    task: str,
+    documents: Sequence[Sequence[int]],
+    byte_lengths: Sequence[int],
+    vocabulary: Mapping[str, object] = VOCABULARY,
 ) -> None:
-    """Writes one split of a task; a document is a list of token ids."""
-    directory.mkdir(parents=True)
+    """Writes one split of a task, in two shards where it has two documents; a document is a list of token ids."""
+    half = len(documents) // 2
+    shards = []
+    for index, part in enumerate([slice(0, half), slice(half, None)] if half else [slice(None)]):
+        shards.append(_write_shard(directory / f"{index:05d}", documents[part], byte_lengths[part]))
+    total = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")}
+    manifest = {"format": 2, "task": task, **total, "dtype": "<u2", "vocabulary": vocabulary, "shards": shards}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _write_shard(folder: pathlib.Path, documents: Sequence[Sequence[int]], byte_lengths: Sequence[int]) -> dict:
+    folder.mkdir(parents=True)
     tokens = np.array([token for document in documents for token in document], "<u2")
-    tokens.tofile(directory / "tokens.bin")
-    np.save(directory / "offsets.npy", np.cumsum([0] + [len(d) for d in documents]).astype(np.int64))
-    np.save(directory / "bytes.npy", np.array(byte_lengths, np.int64))
+    tokens.tofile(folder / "tokens.bin")
+    np.save(folder / "offsets.npy", np.cumsum([0] + [len(d) for d in documents]).astype(np.int64))
+    np.save(folder / "bytes.npy", np.array(byte_lengths, np.int64))
     files = {}
     for name in ("tokens.bin", "offsets.npy", "bytes.npy"):
-        content = (directory / name).read_bytes()
+        content = (folder / name).read_bytes()
         files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = {"format": 1, "task": task, "tokens": len(tokens), "dtype": "<u2", "files": files}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return {"documents": len(documents), "tokens": len(tokens), "bytes": sum(byte_lengths), "files": files}
 
 
 def write_mixture(
@@ -50,10 +63,10 @@ def write_mixture(
     for index, (task, splits) in enumerate(tasks.items()):
         for split, documents in splits.items():
             lengths = [sum(token > 2 for token in document) for document in documents]
-            write_split(root / task / "made" / split, task, documents, lengths)
+            write_split(root / task / "made" / split, task, documents, lengths, vocabulary)
         components.append({"task": task, "rate": rates[index] if rates else 1.0, "directory": f"{task}/made"})
     path = root / name / "made.json"
     path.parent.mkdir(exist_ok=True)
-    mixture = {"format": 1, "name": name, "components": components, "vocabulary": vocabulary, "environment": {}}
+    mixture = {"format": 2, "name": name, "components": components, "vocabulary": vocabulary, "environment": {}}
     path.write_text(json.dumps(mixture))
     return path

@@ -258,9 +258,9 @@ def test_vocabulary_mismatch(config):
 
 
 def test_damaged_cache_is_named(config):
-    path = pathlib.Path(config.cache_dir) / "two/made/train/offsets.npy"
+    path = pathlib.Path(config.cache_dir) / "two/made/train/00000/offsets.npy"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"two/made/train/offsets\.npy has .* bytes instead of"):
+    with pytest.raises(ValueError, match=r"two/made/train/00000/offsets\.npy has .* bytes instead of"):
         feed_lib.open_feed(config)
 
 

@@ -220,7 +220,7 @@ def test_errors_name_the_cause(make_cache):
         sources.WindowSource(stream, 4)
     (empty,) = sources.CachedMixture(path, "validation").streams
     assert len(empty) == 0 and empty.num_bytes == 0
-    tokens = path.parent.parent / "task/made/train/tokens.bin"
+    tokens = path.parent.parent / "task/made/train/00000/tokens.bin"
     tokens.write_bytes(b"\0" * 6)
     sources.CachedMixture(path, "train")
     with pytest.raises(ValueError, match=r"tokens\.bin does not have its recorded checksum"):

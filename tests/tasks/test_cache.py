@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tasks import cache, vocabularies
+from tasks import cache, cache_writer, vocabularies
 
 TEXTS = {"train": [b"abc", b"", "é∑".encode(), b"x" * 300], "validation": [b"held out"]}
 VOCABULARY = {"name": "FakeVocabulary", "size": 200, "hash": "0123"}
@@ -23,11 +23,14 @@ class FakeTask:
 
     name = "fake"
     splits = ("train", "validation")
-    preprocessors = ()
 
     def __init__(self, documents, on_document=lambda index: None):
         self.documents, self.on_document = documents, on_document
+        self.source = self
         self.output_features = {"targets": type("Feature", (), {"vocabulary": None})}
+
+    def list_shards(self, split):
+        return [split]
 
     def get_dataset(self, split, **_):
         self.split = split
@@ -40,7 +43,8 @@ class FakeTask:
 
 
 def build_fake(cache_dir, documents=((1, 2, 3), (4,)), on_document=lambda index: None):
-    return cache._build_task(FakeTask(documents, on_document), pathlib.Path(cache_dir), {"kind": "fake"}, VOCABULARY)
+    identity = {"format": cache.FORMAT, "task": "fake"}
+    return cache_writer.build_task(FakeTask(documents, on_document), pathlib.Path(cache_dir), identity, VOCABULARY)
 
 
 def register(name, texts=TEXTS, vocabulary=None, features=("targets",), describe=None):
@@ -77,12 +81,12 @@ def test_contents_are_the_tokenised_documents(tmp_path):
     (directory,) = component_directories(path)
     for split, texts in TEXTS.items():
         manifest = cache.check(directory / split, checksums=True)
-        tokens = np.fromfile(directory / split / "tokens.bin", manifest["dtype"])
+        tokens = np.fromfile(directory / split / "00000/tokens.bin", manifest["dtype"])
         np.testing.assert_array_equal(tokens, [id for text in texts for id in [*(b + 3 for b in text), 1]])
         assert tokens.dtype == np.uint16
         starts = np.cumsum([0] + [len(text) + 1 for text in texts])
-        np.testing.assert_array_equal(np.load(directory / split / "offsets.npy"), starts)
-        np.testing.assert_array_equal(np.load(directory / split / "bytes.npy"), [len(text) for text in texts])
+        np.testing.assert_array_equal(np.load(directory / split / "00000/offsets.npy"), starts)
+        np.testing.assert_array_equal(np.load(directory / split / "00000/bytes.npy"), [len(text) for text in texts])
         assert manifest["documents"] == len(texts) and manifest["tokens"] == starts[-1]
         assert manifest["bytes"] == sum(map(len, texts)) and manifest["vocabulary"]["size"] == 259
 
@@ -99,7 +103,7 @@ def test_byte_lengths_come_from_decoding_when_the_text_is_not_kept(tmp_path):
             seqio.preprocessors.append_eos,
         ]
     )
-    lengths = [byte_length for _, byte_length in cache._documents(task, "train")]
+    lengths = [byte_length for _, byte_length in cache_writer.documents(task, "train")]
     assert lengths == [len(text) for text in TEXTS["train"]]
 
 
@@ -111,11 +115,11 @@ def test_mixture_records_rates_and_shares_its_tasks(tmp_path):
     if "cache_mixture" not in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.add("cache_mixture", [("cache_one", 3), ("cache_two", 0.5)])
     alone = cache.build("cache_one", tmp_path, modules=())
-    before = (component_directories(alone)[0] / "train" / "tokens.bin").stat()
+    before = (component_directories(alone)[0] / "train" / "00000/tokens.bin").stat()
     path = cache.build("cache_mixture", tmp_path, modules=())
     components = {c["task"]: c for c in json.loads(path.read_text())["components"]}
     assert {name: c["rate"] for name, c in components.items()} == {"cache_one": 3.0, "cache_two": 0.5}
-    shared = tmp_path / components["cache_one"]["directory"] / "train" / "tokens.bin"
+    shared = tmp_path / components["cache_one"]["directory"] / "train" / "00000/tokens.bin"
     assert (shared.stat().st_ino, shared.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
@@ -123,7 +127,7 @@ def test_smallest_type_that_holds_the_vocabulary(tmp_path):
     directory = build_fake(tmp_path, [(0, 199), ()])
     manifest = cache.check(directory / "train", checksums=True)
     assert manifest["dtype"] == np.dtype(np.uint8).str
-    assert (directory / "train" / "tokens.bin").read_bytes() == bytes([0, 199])
+    assert (directory / "train" / "00000/tokens.bin").read_bytes() == bytes([0, 199])
     assert (manifest["documents"], manifest["tokens"]) == (2, 2)
     with pytest.raises(ValueError, match=r"Document 1 of 'fake'.* 5 to 200, outside its vocabulary of 200"):
         build_fake(tmp_path / "other", [(1,), (5, 200)])
@@ -171,14 +175,18 @@ def test_killed_midway_leaves_no_cache_and_no_obstacle(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    (left,) = (tmp_path / "fake").iterdir()
+    left, _ = sorted((tmp_path / "fake").iterdir(), reverse=True)
     assert left.name.startswith(".making-")
     cache.check(build_fake(tmp_path) / "train", checksums=True)
-    # What the killed process left goes when it is a day old; a run on another machine might still be writing.
-    assert left.exists()
-    os.utime(left, (0, 0))
-    cache._remove_stale(tmp_path / "fake")
-    assert not left.exists()
+    assert [path.name[0] != "." for path in (tmp_path / "fake").iterdir()] == [True]
+    # What a killed run of another version left goes when it is a day old; another machine might still be writing.
+    other = tmp_path / "fake" / ".making-other"
+    other.mkdir()
+    cache_writer._remove_stale(tmp_path / "fake")
+    assert other.exists()
+    os.utime(other, (0, 0))
+    cache_writer._remove_stale(tmp_path / "fake")
+    assert not other.exists()
 
 
 def test_two_processes_at_once(tmp_path):
@@ -201,13 +209,13 @@ def test_failure_leaves_nothing(tmp_path):
 
     with pytest.raises(OSError, match="disk on fire"):
         build_fake(tmp_path, on_document=fail)
-    assert not list((tmp_path / "fake").iterdir())
+    assert not list((tmp_path / "fake").glob("**/tokens.bin"))
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "bytes.npy", "manifest.json"])
 def test_missing_and_truncated_files_are_named(tmp_path, name):
     directory = build_fake(tmp_path)
-    path = directory / "train" / name
+    path = directory / "train" / (name if name == "manifest.json" else f"00000/{name}")
     content = path.read_bytes()
     path.write_bytes(content[:-1] if name != "manifest.json" else content[: len(content) // 2])
     for attempt in (lambda: cache.check(directory / "train"), lambda: build_fake(tmp_path)):
@@ -222,7 +230,7 @@ def test_removing_what_the_message_names_repairs_a_cache(tmp_path):
     register("cache_repair")
     path = cache.build("cache_repair", tmp_path, modules=())
     (directory,) = component_directories(path)
-    for damaged in (directory / "train" / "tokens.bin", path):
+    for damaged in (directory / "train" / "00000/tokens.bin", path):
         damaged.write_bytes(b"?")
         with pytest.raises(ValueError) as caught:
             cache.find("cache_repair", tmp_path)
@@ -237,7 +245,7 @@ def test_removing_what_the_message_names_repairs_a_cache(tmp_path):
 
 def test_altered_file_is_found_by_its_checksum(tmp_path):
     directory = build_fake(tmp_path)
-    path = directory / "train" / "tokens.bin"
+    path = directory / "train" / "00000/tokens.bin"
     content = bytearray(path.read_bytes())
     content[1] ^= 1
     path.write_bytes(content)
@@ -250,7 +258,7 @@ def test_other_format_is_refused(tmp_path):
     directory = build_fake(tmp_path)
     path = directory / "train" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(ValueError, match="cache format 99, not 1"):
+    with pytest.raises(ValueError, match="cache format 99, not 2"):
         cache.check(directory / "train")
 
 

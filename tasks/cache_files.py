@@ -1,0 +1,140 @@
+"""The files of a token cache: their layout, their checks, and how they appear whole. Needs only numpy.
+
+    DIR/TASK/FINGERPRINT/SPLIT/manifest.json           counts, type, vocabulary, and the list of shards
+    DIR/TASK/FINGERPRINT/SPLIT/00000/tokens.bin        the shard's tokens, one document after the other, little-endian,
+                                                       in the smallest unsigned type that holds the vocabulary
+                                    /offsets.npy       int64 [documents + 1]: where each document starts, and the end
+                                    /bytes.npy         int64 [documents]: UTF-8 length of each document's text, from
+                                                       which bits per byte are exact under any vocabulary
+                                    /manifest.json     the shard's counts, sizes and checksums
+    DIR/NAME/FINGERPRINT.json                          a mixture (or a task alone): its tasks, rates and vocabulary
+
+The stream of a split is that of its shards, one after the other.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+FORMAT = 2
+FEATURE = "targets"
+DATA_FILES = ("tokens.bin", "offsets.npy", "bytes.npy")
+
+
+class CacheError(ValueError):
+    """A task or mixture that is unknown or cannot be cached, or a damaged cache; the message is for the user."""
+
+
+def shard_name(index: int) -> str:
+    """The folder of a shard below that of its split."""
+    return f"{index:05d}"
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a mixture file or a manifest; CacheError, with its name, if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        made_whole = path.parent.parent if path.name == "manifest.json" else path
+        raise CacheError(f"The token cache file {path} cannot be read: {error}. {_repair(made_whole)}") from error
+
+
+def check(directory: pathlib.Path, *, checksums: bool = False) -> dict[str, Any]:
+    """Checks one split of a cached task against its manifest, and returns the manifest.
+
+    Args:
+      directory: DIR/TASK/FINGERPRINT/SPLIT.
+      checksums: also reads every file and compares its SHA-256; sizes are always compared.
+
+    Raises:
+      CacheError: naming the missing, truncated or altered file.
+    """
+    manifest = read_json(directory / "manifest.json")
+    repair = _repair(directory.parent)
+    if manifest.get("format") != FORMAT:
+        raise CacheError(f"{directory} has the cache format {manifest.get('format')}, not {FORMAT}. {repair}")
+    for index, shard in enumerate(manifest["shards"]):
+        check_shard(directory / shard_name(index), shard, repair, checksums=checksums)
+    return manifest
+
+
+def check_shard(directory: pathlib.Path, shard: dict[str, Any], repair: str, *, checksums: bool = False) -> None:
+    """Checks a shard's files against its manifest; as `check`, whose messages end with `repair`."""
+    for name, expected in shard["files"].items():
+        path = directory / name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise CacheError(f"The token cache file {path} is missing. {repair}") from None
+        if size != expected["size"]:
+            raise CacheError(f"The token cache file {path} has {size} bytes instead of {expected['size']}. {repair}")
+        if checksums and sha256(path) != expected["sha256"]:
+            raise CacheError(f"The token cache file {path} does not have its recorded checksum. {repair}")
+
+
+def version(name: str) -> str | None:
+    """The present version of something that a source depends on.
+
+    Args:
+      name: 'python', the name of an installed distribution, 'module NAME' for a digest of a module's source, or
+        'variable NAME' or 'location NAME' for the value of an environment variable.
+
+    Returns:
+      The version; None if it is not installed or not set.
+    """
+    kind, _, rest = name.partition(" ")
+    if kind in ("variable", "location"):
+        return os.environ.get(rest) or None
+    if name == "python":
+        return platform.python_version()
+    try:
+        if kind == "module":
+            spec = importlib.util.find_spec(rest)
+            return sha256(pathlib.Path(spec.origin))[:16] if spec and spec.origin else None
+        return importlib.metadata.version(name)
+    except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
+        return None
+
+
+def is_current(name: str, made_from: str | None) -> bool:
+    """Whether something is as it was when a cache was made.
+
+    The place of a corpus counts only where it is set: whoever trains from a cache need not have the corpus.
+    """
+    now = version(name)
+    return now == made_from or (now is None and name.startswith("location "))
+
+
+def digest(identity: dict[str, Any]) -> str:
+    """Sixteen characters that stand for a JSON-able identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Has a file's contents on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _repair(made_whole: pathlib.Path) -> str:
+    return f"Remove {made_whole} and start again: the cache is then made anew."

@@ -1,0 +1,65 @@
+"""Corpora of published language-model results: the One Billion Word benchmark and WikiText-103.
+
+LM1B (Chelba et al. 2013, arXiv:1312.3005) is its archive's two folders of files with a sentence a line; a sentence is a
+document. WikiText-103 (Merity et al. 2016, arXiv:1609.07843) is wiki.{train,valid,test}.tokens (or .raw); an article is a
+document, its lines as they are.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterator
+
+from tasks.corpora import formats
+from tasks.corpora.tasks import register
+
+# " = Title = " at the level of an article; sections have more signs.
+_TITLE = re.compile(rb"^ = [^=].*[^=] = ?\n?$")
+
+# Articles and tokens of the paper's Table 1; line ends count as words there.
+WIKITEXT_PUBLISHED = {
+    "train": {"documents": 28_475, "words": 103_227_021},
+    "validation": {"documents": 60, "words": 217_646},
+    "test": {"documents": 60, "words": 245_569},
+}
+
+
+def articles(path: pathlib.Path, counts: formats.Counts) -> Iterator[bytes]:
+    """The articles of a WikiText file. A title is a line with one = on either side, between empty lines."""
+    del counts
+    article: list[bytes] = []
+    with formats.open_binary(path) as file:
+        held: bytes | None = None
+        for line in file:
+            # Lines such as " = 5 = " also occur in texts: a title has an empty line after it, and one before.
+            if held is not None:
+                if not line.strip() and any(part.strip() for part in article):
+                    yield b"".join(article)
+                    article = []
+                article.append(held)
+                held = None
+            if _TITLE.match(line) and (not article or not article[-1].strip()):
+                held = line
+            else:
+                article.append(line)
+        if held is not None:
+            article.append(held)
+    yield b"".join(article)
+
+
+register(
+    "lm1b",
+    formats.lines,
+    {
+        "train": ["*training-monolingual.tokenized.shuffled/news.en-*"],
+        "validation": ["*heldout-monolingual.tokenized.shuffled/news.en.heldout-*"],
+    },
+)
+register(
+    "wikitext103",
+    articles,
+    {
+        split: [f"*wiki.{word}.tokens", f"*wiki.{word}.raw"]
+        for split, word in {"train": "train", "validation": "valid", "test": "test"}.items()
+    },
+    published=WIKITEXT_PUBLISHED,
+)
