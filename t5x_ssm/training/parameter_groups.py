@@ -29,7 +29,7 @@ import optax
 from t5x_ssm.errors import UserError
 
 # A state space is a module called `ssm`, `shift_ssm`, …
-_STATE_SPACE = r"(^|/)(\w+_)?ssm/"
+STATE_SPACE_PATTERN = r"(^|/)(\w+_)?ssm/"
 # Names of its leaves, as regular expressions. Complex ones end in _re and _im, the second direction's in _backward_re and …_im.
 _POLES = (r"lambda_\w+", r"a_\w+")
 _LOW_RANK = (r"p_\w+",)
@@ -169,7 +169,7 @@ def s5_groups(
     return _recipe(*groups)
 
 
-def frozen_state_space_groups(pattern: str = _STATE_SPACE) -> tuple[ParameterGroup, ...]:
+def frozen_state_space_groups(pattern: str = STATE_SPACE_PATTERN) -> tuple[ParameterGroup, ...]:
     """State spaces that keep their start, as SPADE's S4 may: nothing under `ssm/` is trained, the network is.
 
     Args:
@@ -218,7 +218,7 @@ def parameter_path(path: Any) -> str:
 
 def _leaves(name: str, leaves: Sequence[str], **settings: Any) -> ParameterGroup:
     """The group of all state-space leaves of these names."""
-    return _state_space_group(name, rf"{_STATE_SPACE}(.*/)?({'|'.join(leaves)})$", **settings)
+    return _state_space_group(name, rf"{STATE_SPACE_PATTERN}(.*/)?({'|'.join(leaves)})$", **settings)
 
 
 def _state_space_group(name: str, pattern: str, **settings: Any) -> ParameterGroup:
@@ -232,6 +232,6 @@ def _recipe(*state_space: ParameterGroup) -> tuple[ParameterGroup, ...]:
         *state_space,
         # Before the rest of the state spaces: a norm inside one is a norm.
         ParameterGroup("no_decay", NO_DECAY_PATTERN, weight_decay=0.0, optional=True),
-        _state_space_group("state_space_decayed", _STATE_SPACE),
+        _state_space_group("state_space_decayed", STATE_SPACE_PATTERN),
         ParameterGroup("decay", r""),
     )
