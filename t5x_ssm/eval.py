@@ -70,6 +70,11 @@ def evaluate(
     folder = run_folder.local("EVAL_OUTPUT_DIR", output_dir)
     device_mesh = mesh_lib.make_mesh(mesh)
     feed_lib.check_config(dataset_cfg, jax.process_count())
+    if dataset_cfg.objective != "language_model":
+        raise UserError(
+            f"DatasetConfig.objective = {dataset_cfg.objective!r}; this evaluation is of decoders. Training evaluates "
+            "encoder-decoders on train_eval/DatasetConfig."
+        )
     own_length = dataset_cfg.task_feature_lengths[feed_lib.TARGETS]
     tokens = own_length * dataset_cfg.batch_size
     shards = mesh_lib.batch_shards(device_mesh)
@@ -105,7 +110,7 @@ def evaluate(
             results = tables[kind][str(length)] = {}
             for task, feed in feeds.items():
                 sums = _totals(by_position(params, _to_device(batch, device_mesh)) for batch in feed)
-                results[task] = _summary(sums, feed.num_bytes())
+                results[task] = _summary(sums, feed.num_bytes(), feed.num_words)
                 if jax.process_index() == 0:
                     print(_line(task, length, results[task], kind), flush=True)
     if jax.process_index() == 0:
@@ -140,10 +145,13 @@ def _totals(batches) -> dict[str, np.ndarray]:
     return totals
 
 
-def _summary(sums: dict[str, np.ndarray], num_bytes: int) -> dict[str, Any]:
+def _summary(sums: dict[str, np.ndarray], num_bytes: int, num_words: int | None = None) -> dict[str, Any]:
     total = {name: float(value.sum()) for name, value in sums.items()}
     result: dict[str, Any] = summarise_sums({**total, "bytes": num_bytes})
     result |= {"tokens": int(total["weights"]), "bytes": num_bytes}
+    if num_words:
+        # As the papers of PG-19 and WikiText-103 report it, whatever the vocabulary.
+        result |= {"words": num_words, "word_perplexity": math.exp(total["nats"] / num_words)}
     bytes_per_token = num_bytes / total["weights"]
     length = len(sums["nats"])
     edges = np.unique([0, *np.round(np.geomspace(min(8, length), length, POINTS)).astype(int)])
@@ -158,10 +166,11 @@ def _summary(sums: dict[str, np.ndarray], num_bytes: int) -> dict[str, Any]:
 
 
 def _line(task: str, length: int, result: dict[str, Any], kind: str) -> str:
+    words = f"  {result['word_perplexity']:.3f} perplexity per word" if "words" in result else ""
     running = "  across documents" if kind == "across_documents" else ""
     return (
         f"{task:28} length {length:6,}  {result['bits_per_byte']:.4f} bits/byte  {result['nats_per_token']:.4f} nats/token  "
-        f"perplexity {result['perplexity']:.3f}  accuracy {result['accuracy']:.3f}  {result['tokens']:,} tokens{running}"
+        f"perplexity {result['perplexity']:.3f}  accuracy {result['accuracy']:.3f}  {result['tokens']:,} tokens{words}{running}"
     )
 
 

@@ -211,12 +211,15 @@ def close_quietly(checkpointer: checkpoints.Checkpointer) -> None:
 
 
 def batch_shapes(cfg: feed_lib.DatasetConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a global batch: the features of seqio's decoder feature converter."""
+    """Shapes and types of a global batch: the features of seqio's decoder or encoder-decoder feature converter."""
     names = ["decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"]
     if cfg.pack:
         names += ["decoder_segment_ids", "decoder_positions"]
-    shape = (cfg.batch_size, cfg.task_feature_lengths[feed_lib.TARGETS])
-    return {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
+    lengths = {name: cfg.task_feature_lengths[feed_lib.TARGETS] for name in names}
+    if cfg.objective != "language_model":
+        names = ["encoder_input_tokens", *(["encoder_segment_ids", "encoder_positions"] if cfg.pack else [])]
+        lengths |= {name: cfg.task_feature_lengths[feed_lib.INPUTS] for name in names}
+    return {name: jax.ShapeDtypeStruct((cfg.batch_size, length), np.int32) for name, length in lengths.items()}
 
 
 def evaluations_of(
@@ -237,7 +240,9 @@ def evaluations_of(
             )
         count = min(len(task_feed), eval_steps or len(task_feed))
         batches = functools.partial(itertools.islice, task_feed, count)
-        bytes_per_token = task_feed.num_bytes(count) / task_feed.num_tokens(count)
+        # The targets of an encoder-decoder are not the text, and have no bits per byte.
+        decoder = cfg.objective == "language_model"
+        bytes_per_token = task_feed.num_bytes(count) / task_feed.num_tokens(count) if decoder else None
         evaluations.append(trainer_lib.Evaluation(f"{cfg.split}/{task}", batches, bytes_per_token))
     return evaluations
 

@@ -4,9 +4,7 @@ A training feed never ends and knows its position: `state()` belongs to the batc
 far the background thread has read ahead, and `restore` continues with exactly that batch. With the token cache
 (`source="cache"`) the position is (seed, step), good for any number of processes. With a live seqio pipeline
 (`source="seqio"`, see `t5x_ssm.data.live`) it is the pipeline's iterator state, good for the same number.
-
-An evaluation feed ends: it holds each token of a split once, in order, and knows how many bytes of text they stand
-for, so that bits per byte = nats / ln 2 / bytes.
+Evaluation feeds are those of `t5x_ssm.data.evaluation_feeds`.
 """
 
 import contextlib
@@ -21,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from t5x_ssm.data import sources
+from t5x_ssm.data import encoder_decoder, sources
+from t5x_ssm.data.encoder_decoder import EncoderDecoderObjective
+from t5x_ssm.data.evaluation_feeds import EncoderDecoderEvaluation, EvaluationFeed
 from t5x_ssm.data.prefetch import PrefetchedFeed, Prefetcher
 from t5x_ssm.data.sources import Batch
 from t5x_ssm.errors import DataError
@@ -29,7 +29,9 @@ from tasks import cache
 
 logger = logging.getLogger(__name__)
 
-TARGETS = cache.FEATURE
+TARGETS, INPUTS = cache.FEATURE, "inputs"
+# Of a decoder; of an encoder-decoder over a stream of text; of one over tasks with inputs and targets.
+OBJECTIVES = ("language_model", *encoder_decoder.OBJECTIVES, "sequence_to_sequence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class DatasetConfig:
 
     Attributes:
       mixture_or_task_name: a registered seqio task or mixture.
-      task_feature_lengths: {'targets': tokens per row}.
+      task_feature_lengths: {'targets': tokens per row}; of an encoder-decoder also {'inputs': …}.
       split: 'train', 'validation', …
       batch_size: rows per step over all processes.
       shuffle: whether training rows are shuffled; evaluation reads in order and insists on False.
@@ -51,6 +53,9 @@ class DatasetConfig:
         files import modules.
       source: 'cache' (the token cache, made if it is missing) or 'seqio' (the live pipeline).
       cache_dir: where token caches lie; None means `tasks.cache.default_cache_dir()`.
+      objective: 'language_model' for decoders. For encoder-decoders 'span_corruption' or 'prefix_lm' over a token cache
+        (see `t5x_ssm.data.encoder_decoder`), or 'sequence_to_sequence' for a live task with inputs and targets.
+      noise_density, mean_span_length: part of the tokens that span corruption hides, and tokens in a span on average.
     """
 
     mixture_or_task_name: str
@@ -64,6 +69,9 @@ class DatasetConfig:
     module: str | None = None
     source: str = "cache"
     cache_dir: str | os.PathLike | None = None
+    objective: str = "language_model"
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
 
 
 def open_feed(
@@ -112,7 +120,7 @@ def open_evaluation(
     process_index: int = 0,
     process_count: int = 1,
     barrier: Callable[[], None] | None = None,
-) -> dict[str, "EvaluationFeed"]:
+) -> dict[str, EvaluationFeed | EncoderDecoderEvaluation]:
     """Opens a split for evaluation: one feed per task of the mixture, by the task's name.
 
     The length may be any, also longer than documents: windows run over document ends. Arguments and errors as in
@@ -127,6 +135,13 @@ def open_evaluation(
         raise DataError("Evaluation reads a split once and in order: set DatasetConfig.shuffle=False for it.")
     with _for_the_user():
         mixture = _open_cache(config, process_index, process_count, barrier)
+    if objective := _objective(config, mixture.vocabulary):
+        return {
+            stream.task: EncoderDecoderEvaluation(
+                stream, objective, config.batch_size, process_index=process_index, process_count=process_count
+            )
+            for stream in mixture.streams
+        }
     return {
         stream.task: EvaluationFeed(
             stream,
@@ -163,7 +178,8 @@ class IndexedFeed(PrefetchedFeed):
         seed: int,
         prefetch: int,
     ):
-        length = config.task_feature_lengths[TARGETS]
+        self._objective = _objective(config, mixture.vocabulary)
+        length = self._objective.window if self._objective else config.task_feature_lengths[TARGETS]
         identity = {
             "kind": "indexed",
             "name": mixture.name,
@@ -175,10 +191,19 @@ class IndexedFeed(PrefetchedFeed):
             "shuffle": config.shuffle,
             "pack": config.pack,
         }
-        super().__init__(mixture.vocabulary, identity, prefetch=prefetch)
+        if self._objective:
+            names = ("objective", "noise_density", "mean_span_length")
+            identity |= {
+                "lengths": dict(config.task_feature_lengths),
+                **{name: getattr(config, name) for name in names},
+            }
+        vocabulary = self._objective.vocabulary if self._objective else mixture.vocabulary
+        super().__init__(vocabulary, identity, prefetch=prefetch)
         per_token = [stream.num_bytes / max(len(stream), 1) for stream in mixture.streams]
         # Of the text that training reads, at the mixture's rates.
-        self.bytes_per_token = float(np.average(per_token, weights=mixture.rates))
+        if not self._objective:  # Else the targets are not the text.
+            self.bytes_per_token = float(np.average(per_token, weights=mixture.rates))
+        self._seed = seed
         self._rows = sources.training_rows(mixture, length, seed=seed, shuffle=config.shuffle, segments=config.pack)
         local = config.batch_size // process_count
         self._batch_size = config.batch_size
@@ -188,7 +213,13 @@ class IndexedFeed(PrefetchedFeed):
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of any step."""
         first = step * self._batch_size
-        return sources.stack([self._rows[first + row] for row in self._local_rows])
+        return sources.stack([self._row(first + row) for row in self._local_rows])
+
+    def _row(self, row: int) -> Batch:
+        example = self._rows[row]
+        if self._objective is None:
+            return example
+        return self._objective.example(example["decoder_target_tokens"], encoder_decoder.generator(self._seed, row))
 
     def next(self) -> Batch:
         if self._prefetcher is None:
@@ -208,61 +239,16 @@ class IndexedFeed(PrefetchedFeed):
         self._step = int(state["step"])
 
 
-class EvaluationFeed:
-    """Each token of a stream once, in order, as batches [batch_size / process_count, length]; iterate it as often as
-    you like.
-
-    The last window and the last batch are padded; padding has loss weight 0. Every process sees the same number of
-    batches.
-
-    Attributes:
-      task: the task's name.
-      num_batches: number of batches.
-      vocabulary: description of the vocabulary.
-    """
-
-    def __init__(
-        self,
-        stream: sources.TokenStream,
-        *,
-        length: int,
-        batch_size: int,
-        segments: bool,
-        vocabulary: dict[str, Any],
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        if len(stream) == 0:
-            raise DataError(f"{stream.task!r} has no tokens in this split; there is nothing to evaluate.")
-        self.task = stream.task
-        self.vocabulary = vocabulary
-        self._stream, self._length, self._segments = stream, length, segments
-        self._batch_size = batch_size
-        local = batch_size // process_count
-        self._local_rows = range(process_index * local, (process_index + 1) * local)
-        self.num_batches = -(-len(stream) // (length * batch_size))
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.num_batches):
-            yield sources.stack([self._row(step * self._batch_size + row) for row in self._local_rows])
-
-    def num_tokens(self, batches: int | None = None) -> int:
-        """Tokens (the sum of the loss weights over all processes) of the first `batches` batches, of all if None."""
-        batches = self.num_batches if batches is None else batches
-        return min(batches * self._batch_size * self._length, len(self._stream))
-
-    def num_bytes(self, batches: int | None = None) -> int:
-        """Bytes of text that those tokens stand for; exact for the whole split, and otherwise to the document that
-        the last batch ends in, whose bytes are shared out evenly over its tokens."""
-        return int(self._stream.bytes_before([self.num_tokens(batches)])[0])
-
-    def _row(self, row: int) -> Batch:
-        end = len(self._stream)
-        start, stop = min(row * self._length, end), min((row + 1) * self._length, end)
-        return self._stream.window(start, stop, self._length, segments=self._segments)
+def _objective(config: DatasetConfig, vocabulary: Mapping[str, Any]) -> EncoderDecoderObjective | None:
+    if config.objective == "language_model":
+        return None
+    return encoder_decoder.make_objective(
+        config.objective,
+        config.task_feature_lengths,
+        vocabulary,
+        noise_density=config.noise_density,
+        mean_span_length=config.mean_span_length,
+    )
 
 
 def check_config(config: DatasetConfig, process_count: int) -> None:
@@ -284,7 +270,24 @@ def check_config(config: DatasetConfig, process_count: int) -> None:
         )
     if config.source not in ("cache", "seqio"):
         raise DataError(f"DatasetConfig.source must be 'cache' or 'seqio', but it is {config.source!r}.")
-    if config.source == "cache" and len(lengths) > 1:
+    if config.objective not in OBJECTIVES:
+        raise DataError(
+            f"DatasetConfig.objective must be one of {', '.join(OBJECTIVES)}, but it is {config.objective!r}."
+        )
+    if config.objective != "language_model":
+        wanted = "seqio" if config.objective == "sequence_to_sequence" else "cache"
+        if config.source != wanted:
+            raise DataError(f"DatasetConfig.objective={config.objective!r} needs DatasetConfig.source={wanted!r}.")
+        if set(lengths) != {INPUTS, TARGETS}:
+            raise DataError(
+                f"TASK_FEATURE_LENGTHS must have lengths for {INPUTS!r} and {TARGETS!r} with DatasetConfig.objective="
+                f"{config.objective!r}, but it is {lengths}."
+            )
+        if config.pack and wanted == "cache":
+            raise DataError(
+                f"DatasetConfig.objective={config.objective!r} makes one example of a window: set DatasetConfig.pack=False."
+            )
+    elif config.source == "cache" and len(lengths) > 1:
         raise DataError(
             f"The token cache has only the feature {TARGETS!r}, but TASK_FEATURE_LENGTHS is {lengths}. Leave out the "
             "others, or set DatasetConfig.source='seqio'."

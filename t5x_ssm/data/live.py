@@ -67,6 +67,13 @@ class LiveFeed(PrefetchedFeed):
             "seqio": seqio.__version__,
         }
         vocabulary = vocabularies.describe(provider.output_features[cache.FEATURE].vocabulary)
+        if config.objective != "language_model":
+            identity["objective"] = config.objective
+        if vocabulary["pad_id"] is None:
+            raise DataError(
+                f"The vocabulary {vocabulary['name']} of {name!r} has no padding, and seqio pads with the id 0, which is a "
+                "token there. Train from the token cache (DatasetConfig.source='cache')."
+            )
         super().__init__(vocabulary, identity, prefetch=prefetch)
         self._step = 0
         # The newest saved iterator that the consumer has reached: the step it belongs to, and its contents.
@@ -120,10 +127,12 @@ class LiveFeed(PrefetchedFeed):
         import tensorflow as tf
 
         config = self._config
+        of_two_texts = config.objective == "sequence_to_sequence"
+        converter = seqio.EncDecFeatureConverter if of_two_texts else seqio.DecoderFeatureConverter
         dataset = seqio.get_dataset(
             config.mixture_or_task_name,
             task_feature_lengths=self._lengths,
-            feature_converter=seqio.DecoderFeatureConverter(pack=config.pack),
+            feature_converter=converter(pack=config.pack),
             dataset_split=config.split,
             use_cached=config.use_cached,
             shuffle=config.shuffle,
