@@ -66,6 +66,7 @@ def script(options) -> str:
     return f"""#!/usr/bin/env bash
 set -uo pipefail
 
+trap 'rm -f {ARCHIVE}' EXIT
 git archive --format=tar.gz --output={ARCHIVE} HEAD || exit
 state() {{ {line("describe", options.name, "--format=value(state)")} 2>/dev/null || echo NONE; }}
 

@@ -23,6 +23,7 @@ from t5x_ssm.errors import CheckpointError, UserError
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.parallel import processes
 from t5x_ssm.training import checkpoints, consensus, preemption, run_folder
+from t5x_ssm.training import goodput as goodput_lib
 from t5x_ssm.training import trainer as trainer_lib
 from t5x_ssm.training.metrics import MetricsLog
 from t5x_ssm.training.optimizers import Optimizer
@@ -43,6 +44,7 @@ NOT_PART_OF_A_RUN = (
     "trainer.TrainerConfig.log_period",
     "trainer.TrainerConfig.max_skipped_in_a_row",
     "trainer.TrainerConfig.profile_*",
+    "trainer.TrainerConfig.stall_seconds",
     "trainer.TrainerConfig.tensorboard",
 )
 
@@ -86,7 +88,11 @@ def train(
     folder = run_folder.local("MODEL_DIR", model_dir)
     main = jax.process_index() == 0
     device_mesh = mesh_lib.make_mesh(mesh)
-    with preemption.StopRequest() as stop, run_folder.locked(folder):
+    with (
+        preemption.StopRequest() as stop,
+        run_folder.locked(folder),
+        goodput_lib.Goodput(folder if main else None) as goodput,
+    ):
         run_folder.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
         feed = consensus.succeed_together(
             lambda: feed_lib.open_feed(
@@ -108,7 +114,8 @@ def train(
 
         checkpointer = checkpoints.Checkpointer(folder, checkpoint_cfg.save)
         loop = trainer_lib.LoopState()
-        restored = checkpointer.restore(run.abstract_state.to_tree())
+        with goodput.spent_on("checkpoint"):
+            restored = checkpointer.restore(run.abstract_state.to_tree())
         if restored is not None:
             feed_lib.check_vocabulary(feed.vocabulary, expected_hash=restored.metadata["vocabulary"]["hash"])
             state = run.abstract_state.from_tree(restored.tree)
@@ -159,8 +166,14 @@ def train(
                 bytes_per_token=getattr(feed, "bytes_per_token", None),
                 check_saves=checkpointer.check,
                 stop=stop,
+                goodput=goodput,
             )
-            checkpointer.wait()
+            with goodput.spent_on("checkpoint"):
+                checkpointer.wait()
+            goodput.keep(step)
+            if log is not None and step > first_step:
+                log.write(step, goodput.summary(), split="goodput")
+                logging.info("%s", goodput.text())
         except BaseException:
             if jax.process_count() == 1:  # Otherwise the rest may be gone, and would be waited for.
                 close_quietly(checkpointer)

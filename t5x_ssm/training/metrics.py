@@ -288,7 +288,8 @@ def history(path: str | os.PathLike, split: str | None = None, timings: bool = T
     Args:
       path: the file.
       split: keep only this split.
-      timings: whether to keep the fields that differ between two runs of one computation (under 'time/').
+      timings: whether to keep the fields that differ between two runs of one computation (under 'time/'), and the lines
+        that have no others.
 
     Raises:
       ValueError: a line other than the last cannot be read.
@@ -300,7 +301,9 @@ def history(path: str | os.PathLike, split: str | None = None, timings: bool = T
                 raise ValueError(f"{path}, line {number}, is not a JSON object: {text[:80]!r}.")
             continue
         if split is None or row["split"] == split:
-            rows.append({k: v for k, v in row.items() if timings or not k.startswith(TIME_PREFIX)})
+            kept = {k: v for k, v in row.items() if timings or not k.startswith(TIME_PREFIX)}
+            if timings or kept.keys() - {"step", "split"} or kept == row:
+                rows.append(kept)
     return rows
 
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.parallel import chips, rules
 from t5x_ssm.parallel import mesh as mesh_lib
-from t5x_ssm.parallel import rules
 from t5x_ssm.training.evaluation import sum_over_batches
+from t5x_ssm.training.goodput import Goodput, device_figures
 from t5x_ssm.training.metrics import MetricQueue, MetricsLog, MetricWindow, summarise_sums
 from t5x_ssm.training.optimizers import Optimizer
 from t5x_ssm.training.preemption import StopRequest
@@ -26,6 +27,7 @@ from t5x_ssm.training.progress import Progress
 from t5x_ssm.training.sharded_state import abstract_state, initial_state
 from t5x_ssm.training.train_state import TrainState
 from t5x_ssm.training.train_step import make_eval_step, make_train_step
+from t5x_ssm.training.watchdog import Watchdog
 
 Batch = Mapping[str, np.ndarray]
 
@@ -42,6 +44,8 @@ class TrainerConfig:
       profile_at_step: step at which a profile is taken into MODEL_DIR/profile; never when None.
       profile_steps: steps in the profile.
       tensorboard: write event files beside `metrics.jsonl`.
+      stall_seconds: when no step, batch of an evaluation or checkpoint is done for so long, the process prints where its
+        threads are and ends with status 75. Compiling the first step counts. None waits for ever.
     """
 
     num_microbatches: int = 1
@@ -50,11 +54,14 @@ class TrainerConfig:
     profile_at_step: int | None = None
     profile_steps: int = 5
     tensorboard: bool = True
+    stall_seconds: float | None = 1800.0
 
     def __post_init__(self):
         for name in ("num_microbatches", "log_period", "max_skipped_in_a_row", "profile_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"TrainerConfig.{name} = {getattr(self, name)}; it must be at least 1.")
+        if self.stall_seconds is not None and self.stall_seconds <= 0:
+            raise UserError(f"TrainerConfig.stall_seconds = {self.stall_seconds}; it must be above 0, or None.")
 
 
 @dataclasses.dataclass
@@ -183,6 +190,7 @@ def fit(
     bytes_per_token: float | None = None,
     check_saves: Callable[[], None] = lambda: None,
     stop: StopRequest | None = None,
+    goodput: Goodput | None = None,
 ) -> tuple[TrainState, int, str]:
     """Trains from `first_step` to `total_steps`, or until asked to stop.
 
@@ -205,6 +213,7 @@ def fit(
       bytes_per_token: of the training text.
       check_saves: called at every step; raises when a save in the background has failed.
       stop: the request to stop, already entered where start-up and the last save should be covered as well.
+      goodput: counts the wall time of the run.
 
     Returns:
       (state, step, reason): reason is '' at the end of training, or the name of the signal that ended it early.
@@ -214,7 +223,15 @@ def fit(
     """
     config = trainer.config
     queue = MetricQueue()
-    evaluations = tuple(evaluations)
+    goodput = goodput or Goodput(None)
+    watchdog = Watchdog(config.stall_seconds, "TrainerConfig.stall_seconds")
+    evaluations = [dataclasses.replace(e, batches=lambda e=e: _beating(e.batches(), watchdog)) for e in evaluations]
+    device = jax.devices()[0]
+    figures = {
+        "devices": jax.device_count(),
+        "flops_per_token": 6.0 * sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "peak_flops": chips.peak_flops(device.device_kind),
+    }
     main = jax.process_index() == 0
     progress = Progress(total_steps, first_step, bytes_per_token=bytes_per_token, enabled=main)
     step = first_step
@@ -230,22 +247,27 @@ def fit(
             if at % config.log_period == 0 or at == total_steps:
                 line = loop.window.close(bytes_per_token)
                 if log is not None:
-                    log.write(at, line)
+                    log.write(at, line | device_figures(line, **figures) | goodput.summary())
+                goodput.keep(at)
 
     with contextlib.ExitStack() as context:
         context.enter_context(jax.set_mesh(trainer.mesh))
         stop = stop or context.enter_context(StopRequest())
+        context.enter_context(watchdog)
         try:
             mark = time.perf_counter()
             while step < total_steps:
                 if step == config.profile_at_step:
                     jax.profiler.start_trace(str(model_dir / "profile"))
                     profiling = True
+                goodput.stepping(step + 1)
                 began = time.perf_counter()
-                batch = feed.next()
+                with goodput.spent_on("data"):
+                    batch = feed.next()
                 waited = time.perf_counter() - began
                 state, metrics = trainer.train_step(state, trainer.to_device(batch))
                 step += 1
+                watchdog.beat()
                 stop.hold()  # Until here nothing would be lost, and compiling may take longer than a request can wait.
                 check_saves()
                 now = time.perf_counter()
@@ -261,7 +283,8 @@ def fit(
                 if evaluations and (ends or (eval_period and step % eval_period == 0)):
                     observe(queue.drain())
                     for evaluation in evaluations:
-                        line = trainer.evaluate(state.params, evaluation)
+                        with goodput.spent_on("evaluation"):
+                            line = trainer.evaluate(state.params, evaluation)
                         if log is not None:
                             log.write(step, line, split=evaluation.name)
                         progress.message(f"step {step:,}  {evaluation.name}: {_describe(line)}")
@@ -271,7 +294,9 @@ def fit(
                     observe(queue.drain())
                     if log is not None:
                         log.sync()
-                    save(step, state, feed.state(), loop.state())
+                    with goodput.spent_on("checkpoint"):
+                        save(step, state, feed.state(), loop.state())
+                    watchdog.beat()
                     mark = time.perf_counter()
                 if stopping and not ends:
                     return state, step, stop.signal_name or "A request to another process"
@@ -280,6 +305,12 @@ def fit(
                 jax.profiler.stop_trace()
             progress.close()
     return state, step, ""
+
+
+def _beating(batches: Iterable[Batch], watchdog: Watchdog) -> Iterator[Batch]:
+    for batch in batches:
+        watchdog.beat()
+        yield batch
 
 
 def _describe(line: Mapping[str, float]) -> str:
