@@ -50,11 +50,12 @@ def arguments(model_dir, **settings) -> list[str]:
 class Command:
     """A training process in a process group of its own; its standard error goes to a file."""
 
-    def __init__(self, given: list[str], *, log: pathlib.Path, **environment: object):
+    def __init__(self, given: list[str], *, log: pathlib.Path, module: list[str] | None = None, **environment: object):
+        """`module` runs another module, with its own arguments, than the training command."""
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "t5x_ssm.train", *given],
+                [sys.executable, "-m", *(module or ["t5x_ssm.train", *given])],
                 env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
                 | {name: str(value) for name, value in environment.items()},
                 stdout=file,
