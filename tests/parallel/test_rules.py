@@ -33,7 +33,9 @@ def test_axes_by_priority(axes, spec):
 
 
 def test_unknown_names_are_an_error():
-    with pytest.raises(UserError, match="Unknown logical axis 'chanels'; the rule table knows abspos_buckets, batch, channels"):
+    with pytest.raises(
+        UserError, match="Unknown logical axis 'chanels'; the rule table knows abspos_buckets, batch, channels"
+    ):
         mesh_axes(("embed", "chanels"))
 
 
