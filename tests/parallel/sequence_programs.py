@@ -96,7 +96,7 @@ def check_values_and_gradients(name):
             on_mesh, x_on_mesh, batch = placed(mesh, params, axes, x)
             found = jit(run)(on_mesh, x_on_mesh, jax.device_put(SEGMENTS, batch))
 
-        def close(path, got, want):
+        def close(path, got, want, label=label):
             want = np.asarray(want)
             message = f"{name} on {label}: {jax.tree_util.keystr(path)}"
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5 * np.abs(want).max(), err_msg=message)
@@ -161,7 +161,7 @@ def check_mistakes_name_their_settings(name):
         params = draw(shapes(layer, x)["params"])
         with jax.set_mesh(mesh):
             try:
-                layer.apply({"params": params}, x, enable_dropout=False)
+                jax.eval_shape(lambda x, layer=layer, p=params: layer.apply({"params": p}, x, enable_dropout=False), x)
             except UserError as error:
                 assert message in str(error) and "MeshConfig.sequence" in str(error)
             else:
