@@ -108,7 +108,7 @@ def join(options: argparse.Namespace) -> None:
                 here.coordinator, here.num_processes, here.process_id, cluster_detection_method="deactivate"
             )
     except (RuntimeError, ValueError) as e:
-        where = "the processes of this run" if here is None else f"{here} "
+        where = f"the coordinator at {here.coordinator}" if here else "the processes of this run"
         raise UserError(
             f"Cannot join {where}: {e}. Start all of them with the same --coordinator, or --num_processes=1 to train alone."
         ) from e
