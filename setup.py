@@ -44,6 +44,7 @@ setuptools.setup(
     ],
     extras_require={
         "data": DATA,
+        "aot": ["libtpu>=0.0.42,<0.1"],  # the TPU compiler, for launch.compile on any machine
         "plots": ["matplotlib>=3.9,<4"],
         # What T5X imports and the index has; T5X itself is not there, see docs/t5x.md.
         "t5x": [

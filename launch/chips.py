@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.parallel.chips import peak_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1200e9, 300e9, 3),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 2),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 2),
+    "v4": Chip(peak_flops("TPU v4"), 32 * GIB, 1200e9, 300e9, 3),
+    "v5e": Chip(peak_flops("TPU v5e"), 16 * GIB, 819e9, 200e9, 2),
+    "v5p": Chip(peak_flops("TPU v5p"), 95 * GIB, 2765e9, 600e9, 3),
+    "v6e": Chip(peak_flops("TPU v6e"), 32 * GIB, 1638e9, 400e9, 2),
 }
 
 

@@ -1,0 +1,169 @@
+"""Plans of a small model by the TPU compiler, what is printed when a program does not fit, and mistakes of users."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from training_command import ROOT
+
+from launch import chips, roofline
+from launch import compile as compile_lib
+from launch.hlo import Collective, Costs
+from t5x_ssm import config as config_lib
+from t5x_ssm.errors import UserError
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which pip install 't5x_ssm[aot]' brings"
+)
+# 2 GSS layers of width 128 for 8 chips: 4 batch shards of 2-way split channels.
+TINY = (
+    "include 'networks/gss_192m.gin'\ninclude 'runs/pretrain_pod.gin'\n"
+    "from __gin__ import dynamic_registration\nfrom t5x_ssm.layers import gss\nfrom t5x_ssm.models import decoder\n"
+    "from t5x_ssm.parallel import mesh\n"
+    "VOCAB_SIZE = 256\nNUM_LAYERS = 2\nREMAT_POLICY = 'full'\nBATCH_SIZE = 8\nTASK_FEATURE_LENGTHS = {'targets': 64}\n"
+    "decoder.Decoder.embed_dim = 128\ngss.GSS.hidden = 512\ngss.GSS.channels = 256\ngss.GSS.state_size = 8\n"
+    "mesh.MeshConfig.model = 2\n"
+)
+
+
+def compile_plan(tmp_path, *flags):
+    gin_file = tmp_path / "tiny.gin"
+    gin_file.write_text(TINY)
+    command = [sys.executable, "-m", "launch.compile", f"--gin_file={gin_file}", f"--output_dir={tmp_path}", *flags]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_small_model_is_planned_and_the_plan_is_kept(tmp_path):
+    done = compile_plan(tmp_path, "--topology=v5e:2x4")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("tiny_v5e_2x4_*.json")
+    plan = json.loads(path.read_text())
+
+    # Embedding, final norm, and 2 layers: norms, gate, reduce, state space (2 poles and C by 8 modes, D), expand, out.
+    layer = 2 * 128 + 128 * 512 + 128 * 256 + 2 * 256 + (2 * 8 + 2 * 256 * 8 + 256) + 256 * 512 + 512 * 128
+    assert plan["parameters"] == 256 * 128 + 2 * 128 + 2 * layer
+    assert plan["mesh"] == {"data": 1, "fsdp": 4, "sequence": 1, "model": 2}
+    # float32, and nearly all of it split over 8 devices; two moments are twice the parameters.
+    assert plan["parameters"] * 4 / 8 <= plan["bytes"]["parameters"] < plan["parameters"] * 4 / 7
+    assert plan["bytes"]["optimizer"] == pytest.approx(2 * plan["bytes"]["parameters"], rel=0.01)
+    # 8 x 64 tokens; every projection runs forward, again in the backward pass, and twice as gradients.
+    tokens, projections = 8 * 64, 2 * (128 * 512 + 128 * 256 + 256 * 512 + 512 * 128)
+    least = tokens * 2 * (4 * projections + 3 * 256 * 128) / 8
+    assert least <= plan["flops"]["program"] < 2 * least
+    assert plan["flops"]["model"] == 6 * plan["parameters"] * tokens / 8
+    assert not plan["unknown_loops"]
+    assert {c["axes"] for c in plan["collectives"]} <= {"fsdp", "model", "fsdp+model"}
+    assert "predicted, not measured" in done.stdout and "all-" in done.stdout
+
+    # The same question again is answered from the file.
+    path.write_text(json.dumps({**plan, "parameters": 12345}))
+    assert "12,345 parameters" in compile_plan(tmp_path, "--topology=v5e:2x4").stdout
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_with_the_largest_arrays(tmp_path):
+    done = compile_plan(tmp_path, "--topology=v5e:2x4", "--gin.BATCH_SIZE=1024", "--gin.VOCAB_SIZE=262144")
+    assert done.returncode == 2
+    assert "The step does not fit" in done.stderr and "REMAT_POLICY" in done.stderr
+    # Logits of all tokens: 1024 x 64 x 262144 float32.
+    assert re.search(r"64\.00 GiB  float32\[1024,64,262144\]", done.stderr), done.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+@needs_libtpu
+@pytest.mark.aot
+def test_seven_billion_parameters_fit_a_v5p_slice(tmp_path):
+    command = [sys.executable, "-m", "launch.compile", "--gin_file=models/gss_7b.gin", "--topology=v5p:4x4x8"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    done = subprocess.run([*command, f"--output_dir={tmp_path}"], cwd=ROOT, env=environment)
+    assert done.returncode == 0
+    (path,) = tmp_path.glob("*.json")
+    plan = json.loads(path.read_text())
+    assert plan["hbm_free"] >= 0.1 and plan["batch"] * plan["length"] >= 2**21
+    tokens = plan["batch"] * plan["length"]
+    # Rematerialized in full, a step computes 8 FLOPs a parameter and token; the state space comes on top.
+    assert 0.95 * 8 * plan["parameters"] * tokens / 128 <= plan["flops"]["program"]
+    # Nothing gathers activations: no collective but the embedding's carries more than a layer's largest parameter.
+    assert all(c["largest"] <= 32000 * 4096 * 4 for c in plan["collectives"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("v9:2x2", "CHIP:SHAPE"), ("v5p", "CHIP:SHAPE"), ("v5p:2x4", "3 dimensions"), ("v5e:2x2x2", "2 dimensions")],
+)
+def test_topologies_that_cannot_be_read(name, message):
+    with pytest.raises(UserError, match=message):
+        chips.parse_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "--gin_file"), (["--gin_file=models/gss_7b.gin", "--slices=0"], "--slices=0")],
+)
+def test_mistakes_on_the_command_line(flags, message):
+    with pytest.raises(UserError, match=message):
+        compile_lib.main(["--topology=v5e:2x4", *flags])
+
+
+def test_the_table_of_chips_agrees_with_pods_as_published():
+    # Peaks of whole pods, from the same pages: 1.1 exaFLOP of 4,096 v4, 234.9 petaFLOP of 256 v6e, 50.63 of 256 v5e.
+    assert chips.CHIPS["v4"].flops * 4096 == pytest.approx(1.1e18, rel=0.03)
+    assert chips.CHIPS["v6e"].flops * 256 == pytest.approx(234.9e15, rel=0.001)
+    assert chips.CHIPS["v5e"].flops * 256 == pytest.approx(50.63e15, rel=0.005)
+    # All-reduce bandwidth of a pod: 51.2 and 102.4 TB/s, that is each chip's one-directional bandwidth.
+    assert chips.CHIPS["v5e"].ici_bandwidth * 256 == pytest.approx(51.2e12)
+    assert chips.CHIPS["v6e"].ici_bandwidth * 256 == pytest.approx(102.4e12)
+
+
+def test_the_roofline_of_known_costs():
+    chip = chips.Chip(flops=1e12, hbm_bytes=1, hbm_bandwidth=1e9, ici_bandwidth=1e8, dimensions=2)
+    collectives = (
+        Collective("all-reduce", "fsdp", 1, bytes=4 * 10**8, largest=1, group_size=4),  # 2 x 3/4 of 4 s
+        Collective("all-gather", "model", 1, bytes=10**8, largest=1, group_size=2),  # 1/2 of 1 s
+    )
+    seconds = roofline.step_seconds(Costs(1e12, 3e12, 5e9, collectives, ()), chip)
+    assert seconds == pytest.approx(
+        {"compute": 3.0, "hbm": 5.0, "interconnect": 6.5, "overlapped": 6.5, "in_turn": 14.5}
+    )
+
+
+def test_model_flops_count_the_keys_that_queries_see():
+    arguments = config_lib.Arguments(("models/gss_hybrid_7b.gin",), (), (), None)
+    network = compile_lib.load(arguments)["model"].network
+    # 10 of 40 layers attend, in chunks of 512, with 32 heads of 128.
+    seen = sum(min(i % 512, 511) + 1 for i in range(4096)) / 4096
+    expected = 4096 * 2 * (6 * 1000 + 12 * 10 * 4096 * seen)
+    assert roofline.model_flops(network, 1000, (2, 4096)) == pytest.approx(expected)
+    # A sliding window of 512 in every one of 34 layers, the global one included.
+    network = compile_lib.load(config_lib.Arguments(("models/spade_lm_7b.gin",), (), (), None))["model"].network
+    seen = sum(min(i + 1, 512) for i in range(4096)) / 4096
+    assert roofline.model_flops(network, 0, (1, 4096)) == pytest.approx(4096 * 12 * 34 * 4096 * seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # Table, final norm, and layers: 2 norms and four projections of GSS; D, C and the poles of its state space.
+        ("gss_7b", 32000 * 4096 + 8192 + 44 * (8192 + 2048 + 4096 * (2 * 16384 + 1024) + 1024 * (16384 + 1025) + 1024)),
+        # Four square projections, an MLP of 4, two norms.
+        ("transformer_7b", 32000 * 4096 + 8192 + 34 * (12 * 4096**2 + 4 * 4096)),
+    ],
+)
+def test_sizes_of_the_large_models(name, parameters):
+    from t5x_ssm.train import batch_shapes
+
+    run = compile_lib.load(config_lib.Arguments((f"models/{name}.gin",), (), (), None))
+    shapes = batch_shapes(run["train_dataset_cfg"])
+    variables = jax.eval_shape(lambda: run["model"].init(jax.random.key(0), shapes))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
+    assert jnp.prod(jnp.asarray(shapes["decoder_input_tokens"].shape)) >= 2**21
