@@ -60,7 +60,7 @@ def run_folder(params, tmp_path_factory):
 
     inputs, targets = (list(column) for column in zip(*PAIRS, strict=True))
     add("pairs", {"inputs": inputs, "targets": targets})
-    add("texts", {"targets": targets})
+    add("plain_texts", {"targets": targets})
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.gin").write_text(CONFIG.format(folder=folder))
     tree = {"target": params, "state": {"step": jax.numpy.asarray(3), "param_states": {}}}
@@ -124,10 +124,10 @@ def test_predictions_do_not_depend_on_the_batch_and_continue_the_inputs(run_fold
 @pytest.mark.slow
 def test_a_task_without_inputs_is_cut_into_prompt_and_rest(run_folder):
     with pytest.raises(UserError, match="--prompt_length"):
-        infer.main([f"--model_dir={run_folder}", "--task=texts"])
-    flags = [f"--model_dir={run_folder}", "--task=texts", "--mode=score", "--prompt_length=3"]
+        infer.main([f"--model_dir={run_folder}", "--task=plain_texts"])
+    flags = [f"--model_dir={run_folder}", "--task=plain_texts", "--mode=score", "--prompt_length=3"]
     assert infer.main(flags) == 0
-    written = lines(run_folder / "inference", "texts-validation-score")
+    written = lines(run_folder / "inference", "plain_texts-validation-score")
     assert [line["inputs"] + line["targets"] for line in written] == [targets for _, targets in PAIRS]
     assert [line["tokens"] for line in written] == [max(len(t.encode()) + 1 - 3, 0) for _, t in PAIRS]
 
