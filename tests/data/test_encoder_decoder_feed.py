@@ -154,6 +154,7 @@ def test_settings_that_cannot_be_are_named(config, change, message):
         feed.open_feed(dataclasses.replace(config, **change))
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_learns_from_the_feed(config):
     network = EncoderDecoder(
         320,

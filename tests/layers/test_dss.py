@@ -85,6 +85,7 @@ def test_start_of_the_parameters(kind):
         assert abs(np.std(ssm[name]) - 1) < 4 / np.sqrt(2 * ssm[name].size), name
 
 
+@pytest.mark.slow
 def test_softmax_generates_up_to_its_horizon_and_not_beyond():
     """Prefill and steps are the parallel form for kernel_length tokens, and NaN, not a guess, after that."""
     layer = DSS(state_size=4, kind="softmax", kernel_length=7)

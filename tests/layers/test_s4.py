@@ -137,6 +137,7 @@ def test_parameters_at_the_published_size():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [S4, DSS], ids=["s4", "dss"])
 def test_bidirectional_layers_keep_documents_apart_and_ignore_padding(build):
     layer = build(state_size=4, bidirectional=True)
