@@ -38,8 +38,7 @@ def run_bidirectional(
             "A state space with bidirectional = True hears the future: it cannot decode or prefill and has no state to take "
             "or return. Set bidirectional = False in decoders."
         )
-    if run.padding_mask is not None:
-        u = u * run.padding_mask[..., None].astype(u.dtype)
+    u = run.without_padding(u)
     if run.segment_ids is None:
         return shard(core.bidirectional, (axes.system, axes.system, axes.inputs), axes.inputs)(system, backward, u)
     return shard(

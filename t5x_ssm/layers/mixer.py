@@ -49,6 +49,12 @@ class Run:
     initial_state: Any = None
     return_state: bool = False
 
+    def without_padding(self, u: Array) -> Array:
+        """u [B, L, ...] with zeros at padding."""
+        if self.padding_mask is None:
+            return u
+        return u * self.padding_mask.reshape(*u.shape[:2], *(1,) * (u.ndim - 2)).astype(u.dtype)
+
     def __post_init__(self):
         if self.decode and self.prefill:
             raise UserError("decode and prefill are two modes: set one of them.")
@@ -89,8 +95,7 @@ def run_state_space(module: nn.Module, core: ModuleType | Grouped, system: Any, 
       (y of u's shape, state after the last consumed token or None).
     """
     batch = u.shape[0]
-    if run.padding_mask is not None:
-        u = u * run.padding_mask.reshape(*u.shape[:2], *(1,) * (u.ndim - 2)).astype(u.dtype)
+    u = run.without_padding(u)
     inputs, per_row = axes.inputs, (axes.inputs[0],)
     token = (axes.inputs[0], *axes.inputs[2:])
 

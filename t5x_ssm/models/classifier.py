@@ -12,7 +12,7 @@ from t5x_ssm.errors import UserError
 from t5x_ssm.layers.basic import Dense, Embed, LayerNorm
 from t5x_ssm.layers.settings import require_choice
 from t5x_ssm.models.mixers import DEFAULT_MIXERS
-from t5x_ssm.models.stack import Context, Factory, Mode, Stack, apply_norm
+from t5x_ssm.models.stack import Context, Factory, Mode, Stack, apply_norm, shared_settings
 from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
@@ -70,13 +70,7 @@ class SequenceEncoder(nn.Module):
             pattern=self.pattern,
             mixers={**DEFAULT_MIXERS, **self.mixers},
             num_layers=self.num_layers,
-            mlp=self.mlp,
-            norm=self.norm,
-            pre_norm=self.pre_norm,
-            dropout_rate=self.dropout_rate,
-            remat_policy=self.remat_policy,
-            scan_layers=self.scan_layers,
-            dtype=self.dtype,
+            **shared_settings(self),
             name="encoder",
         )(x, Context(padding_mask=mask), Mode(enable_dropout))
         if self.final_norm:

@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 from t5x_ssm.layers.basic import Dense, Embed, LayerNorm
 from t5x_ssm.layers.positions import LearnedPositions
 from t5x_ssm.models.mixers import DEFAULT_MIXERS
-from t5x_ssm.models.stack import Context, Factory, Mode, Stack, refuse_batch_norm
+from t5x_ssm.models.stack import Context, Factory, Mode, Stack, refuse_batch_norm, shared_settings
 from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
@@ -109,13 +109,7 @@ class Decoder(nn.Module):
             pattern=self.pattern,
             mixers={**DEFAULT_MIXERS, **self.mixers},
             num_layers=self.num_layers,
-            mlp=self.mlp,
-            norm=self.norm,
-            pre_norm=self.pre_norm,
-            dropout_rate=self.dropout_rate,
-            remat_policy=self.remat_policy,
-            scan_layers=self.scan_layers,
-            dtype=self.dtype,
+            **shared_settings(self),
             name="decoder",
         )(x, context, Mode(enable_dropout, decode, prefill))
 

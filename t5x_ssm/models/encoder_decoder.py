@@ -15,7 +15,7 @@ from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.basic import Dense, Embed, LayerNorm
 from t5x_ssm.layers.positions import LearnedPositions
 from t5x_ssm.models.mixers import DEFAULT_MIXERS
-from t5x_ssm.models.stack import Context, Factory, Mode, Stack, refuse_batch_norm
+from t5x_ssm.models.stack import Context, Factory, Mode, Stack, refuse_batch_norm, shared_settings
 from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
@@ -100,14 +100,8 @@ class EncoderDecoder(nn.Module):
             pattern=pattern,
             mixers={**DEFAULT_MIXERS, **mixers},
             num_layers=layers,
-            mlp=self.mlp,
             cross=cross,
-            norm=self.norm,
-            pre_norm=self.pre_norm,
-            dropout_rate=self.dropout_rate,
-            remat_policy=self.remat_policy,
-            scan_layers=self.scan_layers,
-            dtype=self.dtype,
+            **shared_settings(self),
         )
 
     def _embed(self, side: str, tokens: Array, positions: Array | None, enable_dropout: bool, **cached) -> Array:

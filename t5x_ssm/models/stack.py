@@ -126,6 +126,15 @@ class Period(nn.Module):
         return x, None
 
 
+# Settings of a network that are its stacks' as well, by the same names.
+SHARED_SETTINGS = ("mlp", "norm", "pre_norm", "dropout_rate", "remat_policy", "scan_layers", "dtype")
+
+
+def shared_settings(network: nn.Module) -> dict[str, Any]:
+    """What a network passes on to each `Stack` that it is made of."""
+    return {name: getattr(network, name) for name in SHARED_SETTINGS}
+
+
 class Stack(nn.Module):
     """All layers of an encoder or decoder.
 

@@ -19,7 +19,7 @@ from t5x_ssm.ssm import double_float
 from t5x_ssm.ssm import scan as scans
 from t5x_ssm.ssm.convolution import causal_convolution
 from t5x_ssm.ssm.discretization import bilinear, divide, zoh
-from t5x_ssm.ssm.powers import Pole, modal_sum, moments, multiply, one_step, power, power_minus_one
+from t5x_ssm.ssm.powers import Pole, advance, modal_sum, moments, multiply, one_step, power, power_minus_one, repeated
 
 DSS_KINDS = ("exp", "exp-re-im", "clip", "softmax")
 DISCRETIZATIONS = {"zoh": zoh, "bilinear": bilinear}
@@ -278,15 +278,11 @@ def scan(system: Diagonal, u, *, state=None, resets=None):
 
 
 def _stepper(system: Diagonal):
-    a_re, a_im = one_step(system.pole)
-    b_re, b_im = _input_gain(system)
+    one, gain = one_step(system.pole), _input_gain(system)
 
     def run(u, state):
         x = _cast(system, u)
-        # The low part of Ā joins the input: what it adds is far below the rounding of the large product.
-        low_re, low_im = multiply(*state, a_re.low, a_im.low)
-        high_re, high_im = multiply(*state, a_re.high, a_im.high)
-        re, im = high_re + (low_re + b_re * x[..., None]), high_im + (low_im + b_im * x[..., None])
+        re, im = advance(one, state, [b * x[..., None] for b in gain])
         y = jnp.sum(system.c_re * re - system.c_im * im, axis=-1) + system.d * x
         return y.astype(u.dtype), (re, im)
 
@@ -352,12 +348,7 @@ def handover(system: Diagonal, u, resets, doublings: int):
     """
     newest = scans.last_document(_cast(system, u), resets)
     end = multiply(*moments(jnp.swapaxes(newest[:, ::-1], 1, 2), system.pole), *_input_gain(system))
-
-    def over(steps):
-        factor = power(system.pole, jnp.asarray(steps))
-        return lambda state: multiply(*state, *factor)
-
-    return end, [over(u.shape[1] << i) for i in range(doublings)]
+    return end, repeated(system.pole, u.shape[1], doublings)
 
 
 def prefill(system: Diagonal, u, lengths, *, state=None):
@@ -376,11 +367,7 @@ def prefill(system: Diagonal, u, lengths, *, state=None):
     y = causal_convolution(x, _taps(system, length))
     if state is not None:
         y = y + _ring(system, state, length)
-    # Backwards from each row's own last token, so that one set of powers fits all rows.
-    back = lengths[:, None] - 1 - jnp.arange(length)
-    backwards = jnp.take_along_axis(x, jnp.maximum(back, 0)[..., None], axis=1)
-    backwards = jnp.where(back[..., None] >= 0, backwards, 0)
-    return y.astype(u.dtype), _advance(system, backwards, lengths, state)
+    return y.astype(u.dtype), _advance(system, scans.backwards(x, lengths), lengths, state)
 
 
 def _ring(system: Diagonal, state, length: int):

@@ -453,11 +453,7 @@ def prefill(system: DPLR, u, lengths, *, state=None):
     y = causal_convolution(x, tables.taps)
     if state is not None:
         y = y + _ring(tables, state, length)
-    # Backwards from each row's own last token, so that one set of tables fits all rows.
-    back = lengths[:, None] - 1 - jnp.arange(length)
-    backwards = jnp.take_along_axis(x, jnp.maximum(back, 0)[..., None], axis=1)
-    backwards = jnp.where(back[..., None] >= 0, backwards, 0)
-    return y.astype(u.dtype), _advance(tables, backwards, lengths, state)
+    return y.astype(u.dtype), _advance(tables, scans.backwards(x, lengths), lengths, state)
 
 
 def _ring(tables: _Tables, state, length: int):

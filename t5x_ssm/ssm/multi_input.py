@@ -19,7 +19,7 @@ from t5x_ssm.ssm import scan as scans
 from t5x_ssm.ssm.diagonal_scan import states
 from t5x_ssm.ssm.discretization import bilinear, divide, zoh
 from t5x_ssm.ssm.double_float import Double
-from t5x_ssm.ssm.powers import Pole, moments, multiply, one_step, power, power_minus_one
+from t5x_ssm.ssm.powers import Pole, advance, moments, multiply, one_step, power_minus_one, repeated
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 
@@ -250,12 +250,7 @@ def handover(system: MultiInput, u, resets, doublings: int):
     each_mode = Pole(*(x[:, None] for x in system.pole))
     re, im = (x[..., 0] for x in moments(jnp.moveaxis(backwards, (2, 1), (0, -1)), each_mode))
     end = re[0] - im[1], im[0] + re[1]
-
-    def over(steps):
-        factor = power(system.pole, jnp.asarray(steps))
-        return lambda state: multiply(*state, *factor)
-
-    return end, [over(u.shape[1] << i) for i in range(doublings)]
+    return end, repeated(system.pole, u.shape[1], doublings)
 
 
 def prefill(system: MultiInput, u, lengths, *, state=None):
@@ -278,12 +273,7 @@ def prefill(system: MultiInput, u, lengths, *, state=None):
 
 def step(system: MultiInput, u, state):
     """One token: u [B, H] and a state to y [B, H] and the next state."""
-    a_re, a_im = one_step(system.pole)
-    v_re, v_im = _pair(_enter(system, u))
-    # The low part of Ā joins the input: what it adds is far below the rounding of the large product.
-    low_re, low_im = multiply(*state, a_re.low, a_im.low)
-    high_re, high_im = multiply(*state, a_re.high, a_im.high)
-    state = high_re + (low_re + v_re), high_im + (low_im + v_im)
+    state = advance(one_step(system.pole), state, _pair(_enter(system, u)))
     return _leave(system, _planes(state), u), state
 
 

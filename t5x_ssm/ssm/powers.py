@@ -91,6 +91,24 @@ def one_step(pole: Pole) -> tuple[Double, Double]:
     return double_float.multiply(size, cosine), double_float.multiply(size, sine)
 
 
+def advance(one: tuple[Double, Double], state, entering):
+    """Ā x + v for the Ā that `one_step` gives, a state x and what enters, v, each as a pair."""
+    # The low part of Ā joins the input: what it adds is far below the rounding of the large product.
+    high = multiply(*state, one[0].high, one[1].high)
+    low = multiply(*state, one[0].low, one[1].low)
+    return tuple(x + (y + v) for x, y, v in zip(high, low, entering, strict=True))
+
+
+def repeated(pole: Pole, length: int, count: int):
+    """Maps from a state (a pair [..., *pole's shape]) to Ā^T x, Ā^{2T} x, Ā^{4T} x, …: `count` of them, with T = length."""
+
+    def over(steps):
+        factor = power(pole, jnp.asarray(steps))
+        return lambda state: multiply(*state, *factor)
+
+    return [over(length << i) for i in range(count)]
+
+
 def multiply(a_re, a_im, b_re, b_im):
     """The complex product of two pairs of real arrays, as a pair."""
     return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re

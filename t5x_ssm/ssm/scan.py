@@ -18,6 +18,16 @@ def last_document(u, resets):
     return jnp.where((document == document[:, -1:]).reshape(*resets.shape, *(1,) * (u.ndim - 2)), u, 0)
 
 
+def backwards(u, lengths):
+    """u [B, L, H] from each row's own last token (lengths[b] of them, int [B]) to its first, zeros behind.
+
+    Then one table of powers, by the distance from the last token, fits rows of all lengths.
+    """
+    back = lengths[:, None] - 1 - jnp.arange(u.shape[1])
+    turned = jnp.take_along_axis(u, jnp.maximum(back, 0)[..., None], axis=1)
+    return jnp.where(back[..., None] >= 0, turned, 0)
+
+
 def recurrence(step, u, state, resets=None, reverse: bool = False):
     """Runs a one-token step over a sequence.
 
