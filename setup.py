@@ -55,7 +55,14 @@ setuptools.setup(
             "tensorboard>=2.18",
             "tensorstore>=0.1.70",
         ],
-        "test": [*DATA, "hypothesis>=6.100,<7", "matplotlib>=3.9,<4", "pytest>=8,<10", "ruff>=0.8"],
+        "test": [
+            *DATA,
+            "hypothesis>=6.100,<7",
+            "matplotlib>=3.9,<4",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.8",
+        ],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     },
 )

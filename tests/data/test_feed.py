@@ -316,6 +316,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_missing_cache_is_made_and_read_without_tensorflow_in_this_process(tmp_path):
     """The real thing, from nothing: the corpus is tokenised by seqio in a process of its own."""
     first = run_without_tensorflow(OPEN_AND_READ, tmp_path, "embedded_books")

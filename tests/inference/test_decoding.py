@@ -87,7 +87,14 @@ def joined(tokens, lengths, written):
 
 
 @pytest.mark.parametrize(
-    "pattern, scan_layers", [("gss*2", True), ("gss chunk", True), (EVERYTHING, True), (EVERYTHING, False)]
+    "pattern, scan_layers",
+    [
+        ("gss chunk", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("gss*2", True), (EVERYTHING, True), (EVERYTHING, False))
+        ),
+    ],
 )
 def test_greedy_is_the_argmax_of_the_full_forward(pattern, scan_layers):
     tokens, lengths = prompts()
@@ -100,6 +107,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(pattern, scan_layers):
     assert len(set(written.ravel().tolist())) > 8
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_gives_each_row_what_it_gives_alone():
     tokens, lengths = prompts(seed=1)
     gen = generator(EVERYTHING)
@@ -197,6 +205,7 @@ def test_no_length_in_shapes_without_full_attention():
     assert gen.make_steps._cache_size() == gen.read_piece._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_full_attention_has_a_capacity_and_says_when_it_does_not_suffice():
     gen = generator(EVERYTHING)
     assert decoding.cache_grows(*network(EVERYTHING))

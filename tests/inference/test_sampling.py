@@ -84,6 +84,7 @@ def test_every_combination_agrees_with_the_oracle(logits, temperature, top_k, to
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_draws_have_the_distribution():
     settings = Sampling(temperature=0.8, top_k=4, top_p=0.97, forbidden=(1,))
     draws = 40_000

@@ -70,6 +70,7 @@ def test_score_batch_counts_what_has_weight():
     assert scores.greedy.tolist() == [False, False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern, window", [("gss chunk", 8), ("gss chunk", 13), ("gss attn", 16)])
 def test_carried_state_equals_one_forward_pass(pattern, window):
     log_p, likeliest = full_forward(pattern)

@@ -37,6 +37,7 @@ def shifted(targets):
     return np.pad(targets, [(0, 0), (1, 0)])[:, :TARGET]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_t5x_decodes_with_this_cache(scan_layers):
     """The calls of T5X's EncoderDecoderModel: cache, prefill of prompts of different lengths, then steps."""
@@ -111,6 +112,7 @@ def test_padding_of_the_input_is_not_seen():
     np.testing.assert_allclose(run(padded), run(INPUTS[:, :4]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_packed_pairs_give_what_they_give_alone():
     net = network()
     params = random_parameters(net, INPUTS, TARGETS, TARGETS)

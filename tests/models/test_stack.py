@@ -60,6 +60,7 @@ def test_scanned_is_unrolled():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), unroll(grads), grads_u)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [p for p in REMAT_POLICIES if p != "none"])
 def test_rematerialization_changes_no_number(policy):
     plain, saving = stack(), stack(remat_policy=policy)

@@ -9,9 +9,9 @@ import pytest
 
 PROGRAMS = pathlib.Path(__file__).with_name("sequence_programs.py")
 
-# One of each kind of core and of halo in the ordinary suite; with the slow ones it is every mixer.
-FAST = ("gss", "swa")
-SLOW = ("h3", "h3 heads", "s4", "s4d", "dss", "s5", "s5op", "both ways", "chunk", "even chunk", "attn")
+# Two groups, so that two workers share them.
+QUICK = ("gss", "swa")
+REST = ("h3", "h3 heads", "s4", "s4d", "dss", "s5", "s5op", "both ways", "chunk", "even chunk", "attn")
 
 
 def run(check, names):
@@ -20,12 +20,14 @@ def run(check, names):
     assert re.findall(r"^passed (.+)$", done.stdout, re.MULTILINE) == list(names)
 
 
-@pytest.mark.parametrize("names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [QUICK, REST], ids=["quick", "rest"])
 def test_values_and_gradients_are_those_of_one_device(names):
     run("values_and_gradients", names)
 
 
-@pytest.mark.parametrize("names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [QUICK, REST], ids=["quick", "rest"])
 def test_communication_does_not_grow_with_the_length(names):
     run("communication_does_not_grow_with_the_length", names)
 

@@ -5,9 +5,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 PROGRAMS = pathlib.Path(__file__).with_name("shard_programs.py")
 
 
+@pytest.mark.slow
 def test_shard_programs():
     done = subprocess.run([sys.executable, str(PROGRAMS)], capture_output=True, text=True, timeout=300)
     passed = re.findall(r"^passed (\w+)$", done.stdout, re.MULTILINE)

@@ -102,7 +102,9 @@ def test_nothing_leaks_between_documents_in_float32():
         assert not np.array_equal(plain[:, :77], run(early, anticausal)[:, :77])
 
 
-@pytest.mark.parametrize("method", ["fft", "matmul", None])
+@pytest.mark.parametrize(
+    "method", ["fft", *(pytest.param(method, marks=pytest.mark.slow) for method in ("matmul", None))]
+)
 def test_gradients(method):
     length = 20 if method is None else 40  # None takes the sum over lags
     u, kernel = draw(2, length, 3, length)

@@ -130,7 +130,9 @@ def oracle_all(system, u, state, resets, lengths):
     }
 
 
-@pytest.mark.parametrize("name", ["gss", "s4d-bilinear", "dss-softmax"])
+@pytest.mark.parametrize(
+    "name", ["gss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("s4d-bilinear", "dss-softmax"))]
+)
 def test_all_ways_are_the_recurrence(name):
     """Outputs and states from a random state, and every gradient, in float64."""
     parameters, ours, theirs = SYSTEMS[name]
@@ -217,6 +219,7 @@ def test_prefill_then_steps_is_the_whole(float64_ways, lengths):
                 np.testing.assert_allclose(np.stack(got, 1)[b], want[b, lengths[b] : lengths[b] + 3], atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 33])
 def test_every_length_and_chunk(length):
     parameters, ours, theirs = SYSTEMS["s4d-zoh"]
@@ -232,6 +235,7 @@ def test_every_length_and_chunk(length):
         np.testing.assert_allclose(jax.jit(lambda p, u: diagonal.convolve(ours(p), u))(p, u), want, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_bidirectional(packed):
     """Lag 0 belongs to the forward system; the future's part begins at the next token. Values and gradients."""
@@ -296,6 +300,7 @@ def long_lived_systems():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gss", "s4d-zoh", "s4d-bilinear"])
 @pytest.mark.parametrize(("length", "tolerance"), [(1024, 1e-5), (65536, 1e-4)])
 def test_float32_accuracy(request, name, length, tolerance):
@@ -448,6 +453,7 @@ def test_causality_by_gradient():
     assert np.all(np.diag(size) > 1e-3)
 
 
+@pytest.mark.slow
 def test_padding_after_a_document_does_not_matter():
     """Different lengths of zeros behind the tokens give the same outputs."""
     parameters, ours, _ = SYSTEMS["s4d-bilinear"]

@@ -241,6 +241,7 @@ def test_prefill_then_steps_is_the_whole(float64_ways, lengths):
             np.testing.assert_allclose(y, continued[:, l], atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 33])
 def test_every_length_and_chunk(length):
     u = normal(22, BATCH, length, CHANNELS)
@@ -254,6 +255,7 @@ def test_every_length_and_chunk(length):
             np.testing.assert_allclose(kept(state), kept(states[-1]), atol=1e-11)
 
 
+@pytest.mark.slow
 def test_bidirectional_with_documents():
     """Lag 0 belongs to the forward system; the future's part begins at the next token. Values and gradients."""
     length = 40
@@ -288,6 +290,7 @@ def test_bidirectional_with_documents():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "tolerance", "steps"), [(1024, 1e-5, (1e-3, 1e-2, 1e-1)), (65536, 1e-4, (1e-3,))], ids=["short", "long"]
 )

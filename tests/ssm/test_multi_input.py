@@ -106,8 +106,8 @@ def assert_trees_close(found, wanted, tolerance):
     "options",
     [
         {},
-        {"discretization": "bilinear", "conjugate_pairs": False},
-        {"clip_eigs": True, "step_rescale": 1.7},
+        pytest.param({"discretization": "bilinear", "conjugate_pairs": False}, marks=pytest.mark.slow),
+        pytest.param({"clip_eigs": True, "step_rescale": 1.7}, marks=pytest.mark.slow),
     ],
     ids=["zoh", "bilinear", "clipped"],
 )
@@ -151,6 +151,7 @@ def test_all_ways_are_the_recurrence(options):
         assert got_gradients[0]["lambda_re"][0] == 0
 
 
+@pytest.mark.slow
 def test_bidirectional():
     """The backward direction is the recurrence of the reversed row; documents are run alone. Values and gradients."""
     p = parameters() | {"c2_re": normal(8, CHANNELS, MODES), "c2_im": normal(9, CHANNELS, MODES)}
@@ -189,6 +190,7 @@ def test_bidirectional():
     assert_trees_close(got_gradients, want_gradients, 1e-10)
 
 
+@pytest.mark.slow
 def test_irregular_sampling():
     """Every token has its own step; gradients reach the steps too. Phases go beyond a turn, where whole turns matter."""
     p = parameters()
@@ -339,6 +341,7 @@ def long_lived_parameters():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
 @pytest.mark.parametrize(("length", "tolerance"), [(1024, 1e-5), (65536, 1e-4)])
 def test_float32_accuracy(discretization, length, tolerance):

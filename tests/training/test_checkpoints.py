@@ -348,6 +348,7 @@ def whole_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_the_newest_whole_checkpoint_replaces_a_damaged_one(whole_run, tmp_path, damage):
     folder = tmp_path / "run"
@@ -369,6 +370,7 @@ def test_the_newest_whole_checkpoint_replaces_a_damaged_one(whole_run, tmp_path,
     assert restore(folder).step == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(2))
 def test_no_flipped_bit_is_restored_as_if_nothing_were(whole_run, tmp_path, number):
     """One bit in one file: either it is noticed, or it lies where no array is."""
@@ -426,6 +428,7 @@ def test_a_store_out_of_reach_is_not_blamed_on_the_checkpoint(whole_run, monkeyp
     assert contents(whole_run) == before
 
 
+@pytest.mark.slow
 def test_an_unclear_failure_is_blamed_on_the_files_only_if_others_can_be_read(whole_run, tmp_path, monkeypatch):
     failing_reads(monkeypatch, AttributeError("'dict' object has no attribute"), steps=[1, 2, 3])
     with pytest.raises(CheckpointUnreadable, match=r"checkpoint_3(.|\n)*checkpoint_1"):

@@ -70,9 +70,10 @@ def trained(pattern, policy):
 POLICIES = [policy for policy in REMAT_POLICIES if policy != "none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "policy"),
-    [*(("attn", policy) for policy in POLICIES), pytest.param("gss", "full", marks=pytest.mark.slow)],
+    [*(("attn", policy) for policy in POLICIES), ("gss", "full")],
 )
 def test_rematerialization_changes_nothing_that_is_learnt(pattern, policy):
     losses, params, calls = trained(pattern, policy)
