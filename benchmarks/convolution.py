@@ -1,4 +1,4 @@
-"""The causal convolution beside a plain one: `python -m benchmarks.convolution [--lengths=1024,4096,16384] [--repeats=7]`.
+"""The causal convolution beside a plain one: `python -m benchmarks.convolution [--lengths=1024,4096,16384] [--repeats=21]`.
 
 Forward and backward of y = k * u at batch 4 and 64 channels in float32, in turns: ours as `causal_convolution` selects it, the
 textbook form in `jnp.fft` (real transforms of twice the length), and, where they are installed, PyTorch's and SciPy's FFT doing the
@@ -118,7 +118,7 @@ def growth(repeats: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", default="1024,4096,16384")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=21)
     options = parser.parse_args()
     figures = {length: at_length(int(length), options.repeats) for length in options.lengths.split(",")}
     report.write("convolution", {"lengths": figures, "cost_per_token_65536_over_4096": growth(options.repeats)})

@@ -33,7 +33,7 @@ from t5x_ssm.models.objectives import cross_entropy
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.parallel import rules
 from t5x_ssm.train import batch_shapes, use_compilation_cache
-from t5x_ssm.training import checkpoints, run_folder
+from t5x_ssm.training import restoring, run_folder
 from t5x_ssm.training.metrics import summarise_sums
 from t5x_ssm.training.sharded_state import abstract_parameters
 from t5x_ssm.training.trainer import check_batch
@@ -98,7 +98,7 @@ def evaluate(
             check_batch(shapes, device_mesh, 1)
             feeds = feed_lib.open_evaluation(cfg, process_index=jax.process_index(), process_count=jax.process_count())
             if params is None:
-                restored = checkpoints.restore_parameters(
+                restored = restoring.restore_parameters(
                     checkpoint_path, abstract_parameters(model, shapes, device_mesh)
                 )
                 params = restored.params

@@ -26,7 +26,7 @@ from t5x_ssm.inference.decoding import Generator
 from t5x_ssm.inference.sampling import Sampling
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.train import use_compilation_cache
-from t5x_ssm.training import checkpoints
+from t5x_ssm.training import restoring
 from t5x_ssm.training.sharded_state import abstract_parameters
 from tasks import vocabularies
 
@@ -75,12 +75,12 @@ def open_writer(*, model: Any, checkpoint_path: str, mixture_or_task_name: str) 
     return Writer(Generator(model.network, restored.params), codec)
 
 
-def restore_network(model: Any, checkpoint_path: str) -> checkpoints.RestoredParameters:
+def restore_network(model: Any, checkpoint_path: str) -> restoring.RestoredParameters:
     """Parameters of `model` from a checkpoint or a run folder, on one device."""
     use_compilation_cache()
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
     shapes = {"decoder_input_tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
-    return checkpoints.restore_parameters(checkpoint_path, abstract_parameters(model, shapes, mesh))
+    return restoring.restore_parameters(checkpoint_path, abstract_parameters(model, shapes, mesh))
 
 
 def byte_codec() -> TextCodec:

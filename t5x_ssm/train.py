@@ -22,7 +22,7 @@ from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.errors import CheckpointError, UserError
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.parallel import processes
-from t5x_ssm.training import checkpoints, consensus, preemption, run_folder
+from t5x_ssm.training import checkpoints, consensus, preemption, restoring, run_folder
 from t5x_ssm.training import goodput as goodput_lib
 from t5x_ssm.training import trainer as trainer_lib
 from t5x_ssm.training.metrics import MetricsLog
@@ -123,13 +123,8 @@ def train(
             loop.restore(restored.metadata["loop"])
             first_step = restored.step
         else:
-            state = run.initial_state()
-            first_step = 0
-            if checkpoint_cfg.restore.path:
-                parameters = checkpoints.restore_parameters(
-                    checkpoint_cfg.restore, run.abstract_state.params, initial_params=state.params
-                )
-                state = state.replace(params=parameters.params)
+            state = start(run, checkpoint_cfg.restore)
+            first_step = int(state.step)
 
         if main:
             write_summary(folder, run, optimizer)
@@ -191,6 +186,17 @@ def train(
     else:
         logging.info("%s has already reached step %d of %d; nothing to do.", folder, step, total_steps)
     return 0
+
+
+def start(run: trainer_lib.Trainer, restore: checkpoints.RestoreCheckpointConfig) -> Any:
+    """The train state of a new run: from scratch, or from another run's parameters or state."""
+    if restore.path and restore.what == "state":
+        return run.abstract_state.from_tree(restoring.restore_state(restore, run.abstract_state.to_tree()).tree)
+    state = run.initial_state()
+    if not restore.path:
+        return state
+    found = restoring.restore_parameters(restore, run.abstract_state.params, initial_params=state.params)
+    return state.replace(params=found.params)
 
 
 def check_counts(total_steps: int, eval_steps: int | None, eval_period: int) -> None:

@@ -16,15 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
 from t5x_ssm.errors import CheckpointDamaged, CheckpointError, CheckpointUnreadable, UserError
-from t5x_ssm.training import consensus, run_folder, stored_tree
+from t5x_ssm.training import consensus, run_folder, stored_tree, verified_arrays
 from t5x_ssm.training import manifest as manifests
-from t5x_ssm.training.checksums import checksums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +59,12 @@ class SaveCheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RestoreCheckpointConfig:
-    """From which other checkpoint the parameters of a new run are taken. A run's own checkpoints always come first.
+    """From which other checkpoint a new run starts. A run's own checkpoints always come first.
 
     Attributes:
       path: a checkpoint, or a run folder, of this engine or of T5X; None starts from scratch.
+      what: 'parameters', for a new run from them; or 'state', the optimizer's state and the step too, to go on with a run
+        of the other engine, or in another folder. Data begins at its start either way.
       mode: 'latest' takes the newest of a run folder; 'specific' takes `path` itself.
       assignment_map: pairs (pattern, replacement). Where the regular expression matches the whole name of a parameter
         here (`target/decoder/...`), the replacement is its name in the checkpoint, or None to start it from scratch.
@@ -73,14 +73,23 @@ class RestoreCheckpointConfig:
     """
 
     path: str | None = None
+    what: str = "parameters"
     mode: str = "latest"
     assignment_map: Sequence[tuple[str, str | None]] = ()
     strict: bool = True
     fallback_to_scratch: bool = False
 
     def __post_init__(self):
-        if self.mode not in ("latest", "specific"):
-            raise UserError(f"RestoreCheckpointConfig.mode is {self.mode!r}; it must be 'latest' or 'specific'.")
+        for name, choices in (("what", ("parameters", "state")), ("mode", ("latest", "specific"))):
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(
+                    f"RestoreCheckpointConfig.{name} is {value!r}; it must be {' or '.join(map(repr, choices))}."
+                )
+        if self.what == "state" and (self.assignment_map or self.fallback_to_scratch or not self.strict):
+            raise UserError(
+                "RestoreCheckpointConfig.what = 'state' takes everything as it is; assignment_map, strict and "
+                "fallback_to_scratch go with what = 'parameters'."
+            )
         for pattern, _ in self.assignment_map:
             try:
                 re.compile(pattern)
@@ -112,14 +121,6 @@ class Restored(NamedTuple):
     metadata: dict[str, Any]
     step: int
     set_aside: tuple[str, ...] = ()
-
-
-class RestoredParameters(NamedTuple):
-    """Parameters from a checkpoint; `metadata` is None for a checkpoint of T5X."""
-
-    params: dict[str, Any]
-    path: epath.Path
-    metadata: dict[str, Any] | None
 
 
 class Checkpointer:
@@ -209,7 +210,7 @@ class Checkpointer:
         leaves = stored_tree.flatten(tree)
         if self._config.dtype is not None:
             for name, leaf in leaves.items():
-                if name.startswith("target/") and _is_float(leaf):
+                if name.startswith("target/") and verified_arrays.is_float(leaf):
                     leaves[name] = leaf.astype(self._config.dtype)
         items = {"state": ocp.args.PyTreeSave(stored_tree.fill(tree, leaves))}
         dataset = None
@@ -299,7 +300,7 @@ class Checkpointer:
           CheckpointError: the store is out of reach, memory is short, or there is none of that step.
         """
         self.wait()
-        expected = _expected(abstract_tree)
+        expected = verified_arrays.expected_leaves(abstract_tree)
         steps = self.steps()
         if step is not None:
             if step not in steps:
@@ -343,126 +344,8 @@ class Checkpointer:
         path = run_folder.checkpoint_path(self._directory, step)
         logging.info("Restoring %s.", path)
         stored = consensus.succeed_together(lambda: manifests.read(path, step))
-        consensus.succeed_together(lambda: _compare_state(path, stored, expected))
+        consensus.succeed_together(lambda: verified_arrays.compare_state(path, stored, expected))
         dataset_state = consensus.succeed_together(lambda: manifests.read_dataset_state(path, stored))
-        leaves = _read_verified(path, stored, expected)
+        leaves = verified_arrays.read_verified(path, stored, expected)
         self._own_steps.add(step)
         return Restored(stored_tree.fill(abstract_tree, leaves), dataset_state, stored["metadata"], step)
-
-
-def restore_parameters(
-    restore: RestoreCheckpointConfig | epath.PathLike,
-    abstract_params: Mapping[str, Any],
-    initial_params: Mapping[str, Any] | None = None,
-) -> RestoredParameters:
-    """Reads parameters alone, from a checkpoint of this engine or of T5X; writes nothing. All processes call it.
-
-    Args:
-      restore: the configuration, or just a path to a checkpoint or a run folder (its newest is taken).
-      abstract_params: nested dict of `jax.ShapeDtypeStruct`s with shardings. Floating-point values are cast to its
-        types.
-      initial_params: arrays of the same structure, for parameters that come from scratch (`fallback_to_scratch`, or
-        None in `assignment_map`).
-
-    Raises:
-      CheckpointMismatch: the checkpoint's parameters are others; lists them.
-      CheckpointDamaged, CheckpointError: it is damaged, cannot be read, or does not exist.
-    """
-    if not isinstance(restore, RestoreCheckpointConfig):
-        restore = RestoreCheckpointConfig(path=str(restore))
-    if restore.path is None:
-        raise UserError("RestoreCheckpointConfig.path is not set, so there is nothing to restore parameters from.")
-    path = epath.Path(consensus.ask_first(lambda: str(run_folder.find_checkpoint(restore.path, restore.mode))))
-    wanted = _expected({"target": abstract_params})
-
-    def plan() -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, str]]:
-        manifest = manifests.read(path) if (path / "metadata").exists() else None
-        arrays = stored_tree.stored_arrays(path / "state") if manifest is None else manifests.arrays(manifest)
-        targets = {name: leaf for name, leaf in arrays.items() if name.startswith("target/")}
-        sources = _sources(path, restore, wanted, targets)
-        return manifest, targets, sources
-
-    manifest, targets, sources = consensus.succeed_together(plan)
-    scratch = [name for name in wanted if name not in sources]
-    if scratch and initial_params is None:
-        raise CheckpointError(
-            f"{len(scratch)} parameters, such as {scratch[0]}, come from scratch, and were not given."
-        )
-    placed = {
-        old: jax.ShapeDtypeStruct(wanted[new].shape, targets[old].dtype, sharding=wanted[new].sharding)
-        for new, old in sources.items()
-    }
-    read = _read_verified(path, manifest, placed)
-    leaves = stored_tree.flatten({"target": initial_params}) if scratch else {}
-    for new, old in sources.items():  # Two may share a source, and want it elsewhere.
-        leaves[new] = jax.device_put(read[old].astype(wanted[new].dtype), wanted[new].sharding)
-    params = stored_tree.fill({"target": abstract_params}, leaves)["target"]
-    return RestoredParameters(params, path, None if manifest is None else manifest["metadata"])
-
-
-def _sources(path, restore: RestoreCheckpointConfig, wanted: Mapping, stored: Mapping) -> dict[str, str]:
-    """Which stored array each parameter comes from; those from scratch are absent."""
-    sources, used = {}, set()
-    for name in wanted:
-        old = name
-        for pattern, replacement in restore.assignment_map:
-            if match := re.fullmatch(pattern, name):
-                used.add(pattern)
-                old = None if replacement is None else match.expand(replacement)
-                break
-        if old is not None and (old in stored or not restore.fallback_to_scratch):
-            sources[name] = old
-    unused = [pattern for pattern, _ in restore.assignment_map if pattern not in used]
-    if unused:
-        raise UserError(f"RestoreCheckpointConfig.assignment_map: no parameter here matches {', '.join(unused)}.")
-    # Floating-point types may differ, for they are cast; anything else may not.
-    expected = {}
-    for name, old in sources.items():
-        cast = old in stored and _is_float(stored[old]) and _is_float(wanted[name])
-        expected[old] = jax.ShapeDtypeStruct(wanted[name].shape, stored[old].dtype if cast else wanted[name].dtype)
-    if not restore.strict:
-        stored = {name: leaf for name, leaf in stored.items() if name in expected}
-    stored_tree.compare(path, stored, expected)
-    return sources
-
-
-def _expected(abstract_tree: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Leaves by name, with shardings that fit: an error here is the caller's and must not be blamed on a checkpoint."""
-    leaves = stored_tree.flatten(abstract_tree)
-    for name, leaf in leaves.items():
-        if getattr(leaf, "sharding", None) is None:
-            raise ValueError(f"{name} has no sharding; arrays are restored only with explicit ones")
-        leaf.sharding.shard_shape(tuple(leaf.shape))
-    return leaves
-
-
-def _read_verified(path, manifest: Mapping | None, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Reads arrays in their stored types, verifies their checksums if there are any, and casts them as wanted."""
-    stored = {} if manifest is None else manifests.arrays(manifest)
-    placed = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, stored[name].dtype if name in stored else leaf.dtype, sharding=leaf.sharding
-        )
-        for name, leaf in wanted.items()
-    }
-    arrays = consensus.succeed_together(lambda: stored_tree.read_arrays(path / "state", placed))
-    if manifest is not None:
-        found = dict(zip(arrays, checksums(list(arrays.values())), strict=True))
-        changed = [name for name in arrays if found[name] != manifest["arrays"][name]["checksum"]]
-        if changed:
-            raise CheckpointDamaged(f"{path}: {len(changed)} arrays are not as they were written, such as {changed[0]}")
-    return {name: array.astype(wanted[name].dtype) for name, array in arrays.items()}
-
-
-def _compare_state(path, manifest: Mapping, expected: Mapping[str, Any]) -> None:
-    """As `stored_tree.compare`, where parameters that were stored in another type on request are cast back."""
-    stored = manifests.arrays(manifest)
-    if manifest["dtype"] is not None:
-        for name, leaf in stored.items():
-            if name in expected and name.startswith("target/") and _is_float(leaf) and _is_float(expected[name]):
-                stored[name] = jax.ShapeDtypeStruct(leaf.shape, expected[name].dtype)
-    stored_tree.compare(path, stored, expected)
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_ssm import errors
 from t5x_ssm.parallel.mesh import MeshConfig, make_mesh
-from t5x_ssm.training.checkpoints import Checkpointer, SaveCheckpointConfig, restore_parameters
+from t5x_ssm.training.checkpoints import Checkpointer, SaveCheckpointConfig
+from t5x_ssm.training.restoring import restore_parameters
 
 
 def state_at(step: int, size: int = 1 << 18) -> dict:

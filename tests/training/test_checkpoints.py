@@ -30,8 +30,8 @@ from t5x_ssm.training.checkpoints import (
     Checkpointer,
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
-    restore_parameters,
 )
+from t5x_ssm.training.restoring import restore_parameters, restore_state
 
 PROGRAMS = pathlib.Path(__file__).with_name("checkpoint_programs.py")
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -547,6 +547,25 @@ def test_parameters_from_either_engine(tmp_path, engine):
     assert contents(tmp_path) == before and (tmp_path / "checkpoint_8.orbax-checkpoint-tmp").exists()
     with pytest.raises(CheckpointMismatch, match=r"target/decoder/kernel is float32\[16, 48\]"):
         restore_parameters(tmp_path, abstract(other_network()["target"]))
+
+
+@pytest.mark.parametrize("engine", ["own", "t5x"])
+def test_the_whole_state_of_another_run(tmp_path, engine):
+    tree = example(7)
+    if engine == "own":
+        save_all(tmp_path, [7])
+    else:
+        t5x_checkpoint(tmp_path, tree)
+    config = RestoreCheckpointConfig(path=str(tmp_path), what="state")
+    found = restore_state(config, abstract(tree))
+    assert_same(found.tree, jax.tree.map(np.asarray, tree))
+    assert (found.metadata is None) == (engine == "t5x")
+    with pytest.raises(CheckpointMismatch, match="decoder/kernel"):
+        restore_state(config, abstract(other_network()))
+    with pytest.raises(UserError, match="assignment_map"):
+        RestoreCheckpointConfig(path=str(tmp_path), what="state", assignment_map=[("a", "b")])
+    with pytest.raises(UserError, match="what is 'everything'"):
+        RestoreCheckpointConfig(what="everything")
 
 
 def test_parameters_of_a_damaged_checkpoint_are_refused(tmp_path):
