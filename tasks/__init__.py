@@ -10,6 +10,7 @@ import importlib
 
 REGISTERING_MODULES = (
     "tasks.embedded",
+    "tasks.synthetics",
     "tasks.corpora.books",
     "tasks.corpora.code",
     "tasks.corpora.mathematics",
