@@ -98,6 +98,11 @@ class Classifier(nn.Module):
     num_classes: int
     encoder: Factory
 
+    @property
+    def vocab_size(self) -> int | None:
+        """The encoder's; None where inputs are features."""
+        return self.encoder(parent=None).vocab_size
+
     @nn.compact
     def __call__(self, inputs: Array, mask: Array | None = None, enable_dropout: bool = True) -> Array:
         """float32 [B, num_classes]; arguments as `SequenceEncoder`."""
@@ -117,6 +122,11 @@ class RetrievalClassifier(nn.Module):
     num_classes: int
     encoder: Factory
     hidden: int | None = None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The encoder's; None where inputs are features."""
+        return self.encoder(parent=None).vocab_size
 
     @nn.compact
     def __call__(self, inputs: Array, mask: Array | None = None, enable_dropout: bool = True) -> Array:

@@ -1,11 +1,16 @@
-"""What a network is trained for: sums of losses over tokens, from a batch with the names of seqio's feature converters."""
+"""What a network is trained for: sums of losses over tokens or examples.
+
+Batches of texts have the names of seqio's feature converters, those of classified sequences the ones of `Classification`.
+"""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from t5x_ssm.errors import UserError
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -51,6 +56,7 @@ class _TokenObjective:
     network: nn.Module
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    loss_weights: ClassVar[str] = "decoder_loss_weights"
 
     def logits(self, params: Any, batch: Batch, dropout_rng: Array | None = None) -> Array:
         """float32 logits [B, L, V]; dropout acts when a dropout rng is given."""
@@ -117,3 +123,80 @@ class SequenceToSequence(_TokenObjective):
         tokens = batch["encoder_input_tokens"], batch["decoder_input_tokens"], batch["decoder_target_tokens"]
         names = ("encoder_segment_ids", "decoder_segment_ids", "encoder_positions", "decoder_positions")
         return self._apply(params, tokens, batch, names, dropout_rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Prediction of one class for a sequence, or for a pair of sequences.
+
+    A batch has `inputs`, int [B, L] (of pairs [B, 2, L]); `input_lengths` [B] ([B, 2]), how many of them are real;
+    `targets` [B], class ids; and `weights` [B], 0 for rows that only fill a batch.
+
+    Attributes:
+      network: a `models.classifier` network.
+      label_smoothing: see `cross_entropy`.
+      feature_scale, feature_offset: for a network of features (its `vocab_size` is None): position l has the single
+        feature scale * inputs[l] + offset. Pixels of 0…255 at 2 / 255 and -1 lie in [-1, 1]. None for one of tokens.
+    """
+
+    network: nn.Module
+    label_smoothing: float = 0.0
+    feature_scale: float | None = None
+    feature_offset: float = 0.0
+    loss_weights: ClassVar[str] = "weights"
+
+    def init(self, rng: Array, batch_shapes: dict[str, jax.ShapeDtypeStruct]) -> Any:
+        """Variables of the network (`params`, `params_axes`, and `batch_stats` if it has batch norms)."""
+        inputs = self._inputs(jnp.zeros(batch_shapes["inputs"].shape, jnp.int32))
+        return self.network.init(rng, inputs, enable_dropout=False)
+
+    def loss_sums(self, params: Any, batch: Batch, dropout_rng: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        """Loss of a batch as sums over its examples, for networks without batch norms.
+
+        Returns:
+          (loss, sums), all float32 scalars; sums has `loss` (nats, with smoothing), `correct`, `weights` (the number of real
+          examples) and `tokens` (the number of real positions).
+        """
+        loss, sums, _ = self.mutable_loss_sums(params, {}, batch, dropout_rng)
+        return loss, sums
+
+    def mutable_loss_sums(
+        self, params: Any, flax_mutables: dict[str, Any], batch: Batch, dropout_rng: Array | None = None
+    ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
+        """As `loss_sums`, and the mutables after the batch.
+
+        A dropout rng makes it training: batch norms use the batch and update their running averages. Without one they use
+        those averages and leave them.
+        """
+        training = dropout_rng is not None
+        inputs, targets = batch["inputs"], batch["targets"]
+        mask = jnp.arange(inputs.shape[-1]) < batch["input_lengths"][..., None]
+        logits, updated = self.network.apply(
+            {"params": params, **flax_mutables},
+            self._inputs(inputs),
+            mask,
+            enable_dropout=training,
+            rngs={"dropout": dropout_rng} if training else None,
+            mutable=list(flax_mutables) if training else [],
+        )
+        weights = batch["weights"].astype(jnp.float32)
+        loss, _, _ = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+        sums = {
+            "loss": jnp.sum(loss * weights),
+            "correct": jnp.sum(correct * weights),
+            "weights": jnp.sum(weights),
+            "tokens": jnp.sum(batch["input_lengths"]).astype(jnp.float32),
+        }
+        return sums["loss"], sums, updated if training else flax_mutables
+
+    def _inputs(self, inputs: Array) -> Array:
+        """Tokens as they are, or features [..., L, 1]."""
+        if (self.feature_scale is None) != (self.network.vocab_size is not None):
+            raise UserError(
+                f"Classification.feature_scale = {self.feature_scale}, but the network's vocab_size = "
+                f"{self.network.vocab_size}: a network of tokens has a vocabulary, one of features a scale."
+            )
+        if self.feature_scale is None:
+            return inputs
+        return (self.feature_scale * inputs.astype(jnp.float32) + self.feature_offset)[..., None]

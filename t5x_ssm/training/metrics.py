@@ -89,11 +89,11 @@ class MetricWindow:
 
         Args:
           metrics: what the train step reports, as host floats. Of a skipped step only the tokens count: its other
-            values are not finite.
+            values are not finite. 'tokens' counts them where 'weights' counts something else, such as examples.
           times: seconds by name, for example {'step': 0.2, 'data': 0.01}.
         """
         skipped = metrics.get("skipped", 0.0) > 0
-        tokens = metrics.get("weights", 0.0)
+        tokens = metrics.get("tokens", metrics.get("weights", 0.0))
         tokens = tokens if math.isfinite(tokens) else 0.0
         self._steps += 1
         self._skipped += skipped
@@ -111,7 +111,7 @@ class MetricWindow:
             elif name == "grad_norm":
                 self._grad_norm["sum"] += value
                 self._grad_norm["max"] = max(self._grad_norm["max"], value)
-            elif name != "skipped":
+            elif name not in ("skipped", "tokens"):
                 self._sums[name] = self._sums.get(name, 0.0) + value
 
     def state(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class MetricWindow:
 
 
 def summarise_sums(sums: Mapping[str, float], bytes_per_token: float | None = None) -> dict[str, float]:
-    """Qualities of a model from sums over tokens.
+    """Qualities of a model from sums over tokens; or over examples, of which then speaks what is said of tokens here.
 
     Args:
       sums: sums over tokens, with 'weights' the sum of loss weights.
@@ -197,7 +197,7 @@ def summarise_sums(sums: Mapping[str, float], bytes_per_token: float | None = No
                 line["bits_per_byte"] = nats / _LN2 / bytes_per_token
         elif name == "correct":
             line["accuracy"] = value / weights
-        elif name not in ("weights", "bytes"):
+        elif name not in ("weights", "bytes", "tokens"):
             line[name] = value / weights
     return line
 

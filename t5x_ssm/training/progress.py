@@ -5,18 +5,28 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import tqdm
 
 _LN2 = math.log(2.0)
 
 
+class _Step(NamedTuple):
+    """What is remembered of a step: when it was done, its nats or hits, and how many targets and tokens it had."""
+
+    step: int
+    time: float
+    quality: float
+    weights: float
+    tokens: float
+
+
 class Progress:
     """Step, loss, tokens per second and time left.
 
-    The loss is in bits per byte where the bytes of a token are known, otherwise in nats per token. Loss and speed are
-    means over the last `window` steps.
+    The loss is in bits per byte where the bytes of a token are known, otherwise in nats per token; a classifier's accuracy
+    takes its place. Loss and speed are means over the last `window` steps.
     """
 
     def __init__(
@@ -49,9 +59,10 @@ class Progress:
         self._enabled = enabled
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._recent: collections.deque[tuple[int, float, float, float]] = collections.deque(maxlen=window + 1)
+        self._recent: collections.deque[_Step] = collections.deque(maxlen=window + 1)
         self._shown_at = -math.inf
         self._shown_step: int | None = None
+        self._classifies = False
         terminal = enabled and getattr(self._stream, "isatty", lambda: False)()
         self._interval = 0.1 if terminal else line_seconds
         self._bar = None
@@ -69,15 +80,17 @@ class Progress:
 
         Args:
           step: the step.
-          metrics: the step's host values; 'nats' and 'weights' are read.
+          metrics: the step's host values; 'nats' (or else 'correct'), 'weights' and 'tokens' (or else 'weights') are read.
         """
         if not self._enabled:
             return
         now = self._clock()
         skipped = metrics.get("skipped", 0.0) > 0
-        nats = math.nan if skipped else metrics.get("nats", math.nan)
+        self._classifies = "nats" not in metrics and "correct" in metrics
+        quality = math.nan if skipped else metrics.get("correct" if self._classifies else "nats", math.nan)
+        weights = metrics.get("weights", 0.0)
         self._step = step
-        self._recent.append((step, now, nats, metrics.get("weights", 0.0)))
+        self._recent.append(_Step(step, now, quality, weights, metrics.get("tokens", weights)))
         if now - self._shown_at >= self._interval:
             self._show(now)
 
@@ -111,20 +124,23 @@ class Progress:
     def _text(self) -> str:
         parts = [f"step {self._step:,}/{self._total:,}", self._loss()]
         first, last = self._recent[0], self._recent[-1]
-        seconds = last[1] - first[1]
+        seconds = last.time - first.time
         # Tokens of the first entry were worked on before the clock was first read.
-        tokens = sum(weights for _, _, _, weights in list(self._recent)[1:])
+        tokens = sum(entry.tokens for entry in list(self._recent)[1:])
         if seconds > 0:
             parts.append(f"{_short(tokens / seconds)} tokens/s")
-            parts.append(f"{_duration((self._total - last[0]) * seconds / (last[0] - first[0]))} left")
+            parts.append(f"{_duration((self._total - last.step) * seconds / (last.step - first.step))} left")
         return "  ".join(part for part in parts if part)
 
     def _loss(self) -> str:
-        finite = [(nats, weights) for _, _, nats, weights in self._recent if math.isfinite(nats)]
-        weights = sum(w for _, w in finite)
+        finite = [entry for entry in self._recent if math.isfinite(entry.quality)]
+        weights = sum(entry.weights for entry in finite)
         if not weights > 0:
             return ""
-        nats = sum(n for n, _ in finite) / weights
+        mean = sum(entry.quality for entry in finite) / weights
+        if self._classifies:
+            return f"{mean:.3f} accuracy"
+        nats = mean
         if self._bytes_per_token:
             return f"{nats / _LN2 / self._bytes_per_token:.3f} bits/byte"
         return f"{nats:.3f} nats/token"

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from t5x_ssm.parallel import rules
 from t5x_ssm.training.optimizers import Optimizer
-from t5x_ssm.training.train_state import TrainState, state_shardings
+from t5x_ssm.training.train_state import TrainState, split_variables, state_shardings
 
 
 def abstract_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str, Any], mesh: Mesh) -> TrainState:
@@ -25,17 +25,22 @@ def abstract_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str,
     Returns:
       A TrainState of jax.ShapeDtypeStructs with shardings.
     """
-    params = abstract_parameters(objective, batch_shapes, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+    variables = _abstract_variables(objective, batch_shapes)
+    params, flax_mutables = split_variables(variables)
+    shardings = rules.parameter_shardings(params, variables["params_axes"], mesh)
+    state = jax.eval_shape(lambda p, m: TrainState.create(p, optimizer, m), params, flax_mutables)
     return _placed(state, state_shardings(state, shardings))
 
 
 def abstract_parameters(objective: Any, batch_shapes: dict[str, Any], mesh: Mesh) -> Any:
     """Shapes, types and shardings of the parameters alone: a tree of jax.ShapeDtypeStructs."""
-    variables = jax.eval_shape(lambda: objective.init(jax.random.key(0), batch_shapes))
+    variables = _abstract_variables(objective, batch_shapes)
     params = variables["params"]
     return _placed(params, rules.parameter_shardings(params, variables["params_axes"], mesh))
+
+
+def _abstract_variables(objective: Any, batch_shapes: dict[str, Any]) -> dict[str, Any]:
+    return jax.eval_shape(lambda: objective.init(jax.random.key(0), batch_shapes))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
@@ -46,8 +51,8 @@ def initial_state(objective: Any, optimizer: Optimizer, batch_shapes: dict[str, 
     """Makes the first state directly in its shards: no device ever holds a whole parameter that is split."""
 
     def make(rng):
-        params = objective.init(rng, batch_shapes)["params"]
-        return TrainState.create(params, optimizer)
+        params, flax_mutables = split_variables(objective.init(rng, batch_shapes))
+        return TrainState.create(params, optimizer, flax_mutables)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(make, out_shardings=shardings)(rng)

@@ -1,8 +1,9 @@
 """The state of training, and the tree it is saved as.
 
-On disk it is T5X's tree, `{'target': params, 'state': {'step', 'param_states'}}`, where `param_states` is Flax's state
-dict of the Optax state without its empty nodes (Optax marks parameters of other groups, and stateless transformations,
-by nodes that hold no array; checkpoint stores cannot say "nothing here").
+On disk it is T5X's tree, `{'target': params, 'state': {'step', 'param_states'}[, 'flax_mutables']}`, where `param_states`
+is Flax's state dict of the Optax state without its empty nodes (Optax marks parameters of other groups, and stateless
+transformations, by nodes that hold no array; checkpoint stores cannot say "nothing here"). `flax_mutables` is there only for
+networks with state beside their parameters.
 """
 
 from typing import Any
@@ -25,23 +26,32 @@ class TrainState(struct.PyTreeNode):
       step: int32 scalar, the number of train steps taken, skipped ones included.
       params: tree of parameters.
       opt_state: state of the optimizer.
+      flax_mutables: the network's other collections by name, which training updates without a gradient: `batch_stats`, the
+        running averages of batch norms. Empty for most networks.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    flax_mutables: dict[str, Any] = struct.field(default_factory=dict)
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(
+        cls, params: Any, optimizer: optax.GradientTransformation, flax_mutables: dict[str, Any] | None = None
+    ) -> "TrainState":
         """The state before the first step."""
-        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+        step = jnp.zeros((), jnp.int32)
+        return cls(step=step, params=params, opt_state=optimizer.init(params), flax_mutables=flax_mutables or {})
 
     def to_tree(self) -> dict[str, Any]:
         """T5X's tree of nested dicts, whose leaves are this state's own arrays."""
-        return {
+        tree = {
             "target": serialization.to_state_dict(self.params),
             "state": {"step": self.step, "param_states": _without_empty(serialization.to_state_dict(self.opt_state))},
         }
+        if self.flax_mutables:
+            tree["flax_mutables"] = serialization.to_state_dict(self.flax_mutables)
+        return tree
 
     def from_tree(self, tree: dict[str, Any]) -> "TrainState":
         """A state of this one's structure with the leaves of `tree`.
@@ -58,14 +68,22 @@ class TrainState(struct.PyTreeNode):
             step=tree["state"]["step"],
             params=serialization.from_state_dict(self.params, tree["target"]),
             opt_state=serialization.from_state_dict(self.opt_state, opt_state),
+            flax_mutables=serialization.from_state_dict(self.flax_mutables, tree.get("flax_mutables", {})),
         )
+
+
+def split_variables(variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(params, flax_mutables) of the variables that a network's `init` makes; axis metadata is neither."""
+    others = {name: tree for name, tree in variables.items() if name != "params" and not name.endswith("_axes")}
+    return variables["params"], others
 
 
 def state_shardings(state: TrainState, param_shardings: Any) -> TrainState:
     """Shardings of a whole state from those of its parameters.
 
     A leaf of the optimizer state lies as the parameter whose path ends its own path: moments exactly so, Adafactor's
-    factored moments without the axis that was averaged away. Everything else is replicated.
+    factored moments without the axis that was averaged away. Everything else is replicated, running averages of batch norms
+    (which are small) among it.
 
     Args:
       state: a state of arrays or shapes.
@@ -96,7 +114,8 @@ def state_shardings(state: TrainState, param_shardings: Any) -> TrainState:
         return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
 
     opt_state = jax.tree_util.tree_map_with_path(sharding_of, state.opt_state)
-    return TrainState(step=replicated, params=param_shardings, opt_state=opt_state)
+    flax_mutables = jax.tree.map(lambda _: replicated, state.flax_mutables)
+    return TrainState(step=replicated, params=param_shardings, opt_state=opt_state, flax_mutables=flax_mutables)
 
 
 def check_same_leaves(expected: dict[str, Any], found: dict[str, Any], limit: int = 8) -> None:

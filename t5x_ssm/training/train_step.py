@@ -2,7 +2,7 @@
 
 The gradient is that of the loss summed over the batch, divided by the whole batch's sum of loss weights. Nothing in it
 depends on how many microbatches the batch is cut into, beyond float32 rounding (and dropout, whose masks are drawn per
-microbatch).
+microbatch; and batch norms, whose statistics are those of a microbatch).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,20 +19,34 @@ from t5x_ssm.training.train_state import TrainState
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-LOSS_WEIGHTS = "decoder_loss_weights"
 # What the step itself reports; an objective may not use these names for its sums.
 STEP_METRICS = ("grad_norm", "param_norm", "update_norm", "learning_rate", "skipped")
 
 
 class Objective(Protocol):
-    """What is trained: `loss_sum` is differentiated, `sums` are float32 scalars summed over tokens."""
+    """What is trained: `loss_sum` is differentiated, `sums` are float32 scalars summed over tokens or examples.
+
+    Attributes:
+      loss_weights: the feature of a batch that holds the weights of its targets.
+    """
+
+    loss_weights: str
 
     def loss_sums(self, params: Any, batch: Batch, dropout_rng: jax.Array | None = None) -> tuple[jax.Array, Metrics]:
         """Returns (loss_sum, sums)."""
 
 
+class MutableObjective(Objective, Protocol):
+    """An objective whose network has state beside its parameters, `TrainState.flax_mutables`."""
+
+    def mutable_loss_sums(
+        self, params: Any, flax_mutables: Any, batch: Batch, dropout_rng: jax.Array | None = None
+    ) -> tuple[jax.Array, Metrics, Any]:
+        """Returns (loss_sum, sums, flax_mutables), the last as this batch leaves them: unchanged without a dropout rng."""
+
+
 def make_train_step(
-    objective: Objective,
+    objective: Objective | MutableObjective,
     optimizer: Optimizer,
     *,
     num_microbatches: int = 1,
@@ -41,14 +55,15 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the train step; jit it with the state donated.
 
-    A step whose loss or gradient norm is not finite changes neither parameters nor optimizer state, not even by a bit:
-    it only counts, with metric 'skipped' = 1.
+    A step whose loss or gradient norm is not finite changes neither parameters, optimizer state nor mutables, not even by a
+    bit: it only counts, with metric 'skipped' = 1.
 
     Args:
       objective: what to differentiate.
       optimizer: what to do with the gradient.
       num_microbatches: the batch is cut into this many parts, one in memory at a time.
-      rng: key from which dropout keys are folded, by step and by microbatch; None trains without dropout.
+      rng: key from which dropout keys are folded, by step and by microbatch; None trains without dropout, which networks
+        with mutables cannot.
       param_shardings: tree of shardings like the parameters, which gradients and their accumulator then keep.
 
     Returns:
@@ -62,20 +77,22 @@ def make_train_step(
         return grads if param_shardings is None else jax.lax.with_sharding_constraint(grads, param_shardings)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        denominator = _normalizer(batch)
+        if state.flax_mutables and rng is None:
+            raise ValueError("A network with mutables updates them in training only, which needs an rng.")
+        denominator = _normalizer(batch, objective.loss_weights)
         step_rng = None if rng is None else jax.random.fold_in(rng, state.step)
 
-        def gradient(part: Batch, index: jax.Array | int):
+        def gradient(part: Batch, index: jax.Array | int, flax_mutables: Any):
             part_rng = None if step_rng is None else jax.random.fold_in(step_rng, index)
 
             def normalized_loss(params):
-                loss_sum, sums = objective.loss_sums(params, part, part_rng)
-                return loss_sum / denominator, sums
+                loss_sum, sums, updated = _loss_sums(objective, params, flax_mutables, part, part_rng)
+                return loss_sum / denominator, (sums, updated)
 
-            (loss, sums), grads = jax.value_and_grad(normalized_loss, has_aux=True)(state.params)
-            return _float32((keep_sharding(grads), loss, sums))
+            (loss, (sums, updated)), grads = jax.value_and_grad(normalized_loss, has_aux=True)(state.params)
+            return _float32((keep_sharding(grads), loss, sums)), updated
 
-        grads, loss, sums = _sum_over_microbatches(gradient, batch, num_microbatches)
+        (grads, loss, sums), flax_mutables = _over_microbatches(gradient, batch, num_microbatches, state.flax_mutables)
         grads = keep_sharding(grads)
         _check_names(sums)
 
@@ -87,6 +104,7 @@ def make_train_step(
             step=state.step + 1,
             params=_where(healthy, params, state.params),
             opt_state=_where(healthy, opt_state, state.opt_state),
+            flax_mutables=_where(healthy, flax_mutables, state.flax_mutables),
         )
         metrics = {
             **sums,
@@ -101,8 +119,12 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(objective: Objective, *, num_microbatches: int = 1) -> Callable[[Any, Batch], Metrics]:
-    """Builds the evaluation step, a function (params, batch) -> the objective's sums, without dropout.
+def make_eval_step(
+    objective: Objective | MutableObjective, *, num_microbatches: int = 1
+) -> Callable[[Any, Batch, Any], Metrics]:
+    """Builds the evaluation step, a function (params, batch, flax_mutables) -> the objective's sums.
+
+    It has no dropout, and batch norms use their running averages. `flax_mutables` may be left out where there are none.
 
     Args:
       objective: what to evaluate.
@@ -110,12 +132,12 @@ def make_eval_step(objective: Objective, *, num_microbatches: int = 1) -> Callab
     """
     _check_microbatches(num_microbatches)
 
-    def eval_step(params: Any, batch: Batch) -> Metrics:
-        def sums(part: Batch, index: jax.Array | int):
+    def eval_step(params: Any, batch: Batch, flax_mutables: Any = None) -> Metrics:
+        def sums(part: Batch, index: jax.Array | int, carried: tuple[()]):
             del index
-            return _float32(objective.loss_sums(params, part, None)[1])
+            return _float32(_loss_sums(objective, params, flax_mutables, part, None)[1]), carried
 
-        return _sum_over_microbatches(sums, batch, num_microbatches)
+        return _over_microbatches(sums, batch, num_microbatches, ())[0]
 
     return eval_step
 
@@ -142,26 +164,41 @@ def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
     return {name: split(array) for name, array in batch.items()}
 
 
-def _sum_over_microbatches(function: Callable[[Batch, Any], Any], batch: Batch, num_microbatches: int) -> Any:
-    """Sum of `function(microbatch, index)` over microbatches, one after the other."""
+def _loss_sums(objective: Objective | MutableObjective, params: Any, flax_mutables: Any, batch: Batch, rng) -> tuple:
+    """(loss_sum, sums, flax_mutables) of an objective with mutables or without."""
+    if flax_mutables:
+        return objective.mutable_loss_sums(params, flax_mutables, batch, rng)
+    return *objective.loss_sums(params, batch, rng), flax_mutables
+
+
+def _over_microbatches(
+    function: Callable[[Batch, Any, Any], tuple[Any, Any]], batch: Batch, num_microbatches: int, carried: Any
+) -> tuple[Any, Any]:
+    """Runs `function(microbatch, index, carried) -> (summand, carried)` over microbatches, one after the other.
+
+    Returns:
+      The sum of the summands, and what the last microbatch carried on.
+    """
     if num_microbatches == 1:
-        return function(dict(batch), 0)
+        return function(dict(batch), 0, carried)
     parts = split_microbatches(batch, num_microbatches)
-    first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), 0)
+    first, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), 0, carried)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
-    def body(total, indexed_part):
+    def body(totals, indexed_part):
+        total, carried = totals
         index, part = indexed_part
-        return jax.tree.map(jnp.add, total, function(part, index)), None
+        summand, carried = function(part, index, carried)
+        return (jax.tree.map(jnp.add, total, summand), carried), None
 
-    return jax.lax.scan(body, zeros, (jnp.arange(num_microbatches), parts))[0]
+    return jax.lax.scan(body, (zeros, carried), (jnp.arange(num_microbatches), parts))[0]
 
 
-def _normalizer(batch: Batch) -> jax.Array:
+def _normalizer(batch: Batch, name: str) -> jax.Array:
     """The sum of the loss weights of the whole batch; 1 if there are none, so that the gradient is 0 and not NaN."""
-    if LOSS_WEIGHTS not in batch:
-        raise UserError(f"The batch has no {LOSS_WEIGHTS}; it has {', '.join(sorted(batch))}.")
-    total = jnp.sum(batch[LOSS_WEIGHTS].astype(jnp.float32))
+    if name not in batch:
+        raise UserError(f"The batch has no {name}; it has {', '.join(sorted(batch))}.")
+    total = jnp.sum(batch[name].astype(jnp.float32))
     return jnp.where(total > 0, total, 1.0)
 
 

@@ -34,10 +34,11 @@ Batch = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig:
-    """How the loop runs; nothing here changes what is learnt but `num_microbatches`' rounding.
+    """How the loop runs; nothing here changes what is learnt but `num_microbatches`, by rounding.
 
     Attributes:
-      num_microbatches: parts that a batch is cut into, one in memory at a time.
+      num_microbatches: parts that a batch is cut into, one in memory at a time. Batch norms see a part alone, so that of
+        classifiers that have them it changes more than rounding.
       log_period: steps between lines of `metrics.jsonl`; a line speaks of all steps since the last.
       max_skipped_in_a_row: steps whose loss or gradient is not finite are skipped; at so many in a row training stops,
         with the last batch saved for inspection.
@@ -134,16 +135,18 @@ class Trainer:
             for name, rows in batch.items()
         }
 
-    def evaluate(self, params: Any, evaluation: Evaluation) -> dict[str, float]:
+    def evaluate(self, state: TrainState, evaluation: Evaluation) -> dict[str, float]:
         """Loss and its relatives over a held-out set, see `metrics.summarise_sums`."""
         with jax.set_mesh(self.mesh):
             batches = (self.to_device(batch) for batch in evaluation.batches())
-            return summarise_sums(sum_over_batches(self.eval_step, params, batches), evaluation.bytes_per_token)
+            sums = sum_over_batches(self.eval_step, state.params, batches, state.flax_mutables)
+            return summarise_sums(sums, evaluation.bytes_per_token)
 
 
 def check_batch(batch_shapes: dict[str, jax.ShapeDtypeStruct], mesh: Mesh, num_microbatches: int) -> None:
     """Raises UserError when the batch cannot be split over the mesh and the microbatches."""
-    batch, length = next(iter(batch_shapes.values())).shape[:2]
+    first = next(iter(batch_shapes.values())).shape  # [batch, …, length]
+    batch, length = first[0], first[-1]
     shards = mesh_lib.batch_shards(mesh)
     if batch % (shards * num_microbatches):
         raise UserError(
@@ -284,7 +287,7 @@ def fit(
                     observe(queue.drain())
                     for evaluation in evaluations:
                         with goodput.spent_on("evaluation"):
-                            line = trainer.evaluate(state.params, evaluation)
+                            line = trainer.evaluate(state, evaluation)
                         if log is not None:
                             log.write(step, line, split=evaluation.name)
                         progress.message(f"step {step:,}  {evaluation.name}: {_describe(line)}")
@@ -316,7 +319,9 @@ def _beating(batches: Iterable[Batch], watchdog: Watchdog) -> Iterator[Batch]:
 def _describe(line: Mapping[str, float]) -> str:
     if "bits_per_byte" in line:
         return f"{line['bits_per_byte']:.4f} bits/byte"
-    return f"{line.get('nats_per_token', float('nan')):.4f} nats/token"
+    if "nats_per_token" in line:
+        return f"{line['nats_per_token']:.4f} nats/token"
+    return f"loss {line.get('loss', float('nan')):.4f}, accuracy {line.get('accuracy', float('nan')):.4f}"
 
 
 def _stop_for_bad_loss(model_dir: pathlib.Path, step: int, batch: Batch, count: int) -> None:

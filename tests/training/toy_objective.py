@@ -13,6 +13,8 @@ VOCABULARY = 7
 class ToyObjective:
     """logits = kernel of the input token's feature + bias; features are fixed one-hot codes times `gain`."""
 
+    loss_weights = "decoder_loss_weights"
+
     def init(self, rng, batch_shapes=None):
         del batch_shapes
         kernel = jax.random.normal(rng, (VOCABULARY, VOCABULARY))
