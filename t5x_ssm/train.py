@@ -19,7 +19,9 @@ import numpy as np
 
 from t5x_ssm import config as config_lib
 from t5x_ssm.data import feed as feed_lib
+from t5x_ssm.data.classification import feature_shapes
 from t5x_ssm.errors import CheckpointError, UserError
+from t5x_ssm.models.objectives import Classification
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.parallel import processes
 from t5x_ssm.training import checkpoints, consensus, preemption, restoring, run_folder
@@ -104,6 +106,8 @@ def train(
             )
         )
         feed_lib.check_vocabulary(feed.vocabulary, embedding_size=model.network.vocab_size)
+        classes = model.network.num_classes if isinstance(model, Classification) else None
+        feed_lib.check_classes(feed.vocabulary, classes)
         run = trainer_lib.Trainer(
             model, optimizer, device_mesh, batch_shapes(train_dataset_cfg), seed=random_seed, config=trainer
         )
@@ -230,7 +234,12 @@ def close_quietly(checkpointer: checkpoints.Checkpointer) -> None:
 
 
 def batch_shapes(cfg: feed_lib.DatasetConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a global batch: the features of seqio's decoder or encoder-decoder feature converter."""
+    """Shapes and types of a global batch: the features of seqio's decoder or encoder-decoder feature converter, or those of
+    `objectives.Classification`."""
+    if cfg.objective == feed_lib.CLASSIFICATION:
+        pairs = feed_lib.INPUTS_2 in cfg.task_feature_lengths
+        shapes = feature_shapes(cfg.batch_size, cfg.task_feature_lengths[feed_lib.INPUTS], pairs=pairs)
+        return {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
     names = ["decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"]
     if cfg.pack:
         names += ["decoder_segment_ids", "decoder_positions"]
@@ -259,7 +268,7 @@ def evaluations_of(
             )
         count = min(len(task_feed), eval_steps or len(task_feed))
         batches = functools.partial(itertools.islice, task_feed, count)
-        # The targets of an encoder-decoder are not the text, and have no bits per byte.
+        # The targets of an encoder-decoder or a classifier are not the text, and have no bits per byte.
         decoder = cfg.objective == "language_model"
         bytes_per_token = task_feed.num_bytes(count) / task_feed.num_tokens(count) if decoder else None
         evaluations.append(trainer_lib.Evaluation(f"{cfg.split}/{task}", batches, bytes_per_token))

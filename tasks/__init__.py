@@ -18,6 +18,7 @@ REGISTERING_MODULES = (
     "tasks.corpora.web",
     "tasks.corpora.pile",
     "tasks.corpora.mixtures",
+    "tasks.long_range_arena.registered",
 )
 
 

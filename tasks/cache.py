@@ -20,7 +20,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tasks.cache_files import FEATURE, FORMAT, CacheError, check, digest, is_current, read_json, version, write_whole
+from tasks.cache_files import (
+    FEATURE,
+    FORMAT,
+    LABELLED_FEATURES,
+    CacheError,
+    check,
+    digest,
+    is_current,
+    read_json,
+    version,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     import seqio
@@ -82,7 +93,8 @@ def build(
     """Makes what is missing of a task's or mixture's cache.
 
     Args:
-      name: a registered seqio task or mixture whose only feature is `targets`.
+      name: a registered seqio task or mixture whose only feature is `targets`, or of labelled tasks (see
+        `tasks.cache_files`), whose `targets` have a `seqio.PassThroughVocabulary` of as many ids as there are classes.
       cache_dir: where caches lie; `default_cache_dir()` if None.
       modules: modules whose import registers tasks; `tasks` stands for all of this package's.
       processes: how many work at once; above 1, `modules` have to register the tasks in each.
@@ -113,12 +125,10 @@ def build(
             raise CacheError(f"The rate of {task.name!r} in mixture {name!r}: {error}") from error
         if not 0 < rate < float("inf"):
             raise CacheError(f"Task {task.name!r} has rate {rate} in mixture {name!r}; a rate must be positive.")
-        if set(task.output_features) != {FEATURE}:
-            raise CacheError(
-                f"Task {task.name!r} has the features {sorted(task.output_features)}; the token cache holds language-"
-                f"model tasks, whose only feature is {FEATURE!r}. Train on it with DatasetConfig.source='seqio'."
-            )
-        found = vocabularies.describe(task.output_features[FEATURE].vocabulary)
+        texts = _text_features(task)
+        found = vocabularies.describe(task.output_features[texts[0]].vocabulary)
+        if texts != (FEATURE,):
+            found["classes"] = int(task.output_features[FEATURE].vocabulary.vocab_size)
         vocabulary = vocabulary or found
         if found["hash"] != vocabulary["hash"]:
             raise CacheError(
@@ -142,6 +152,7 @@ def build(
             processes=processes,
             prepare=prepare,
             published=source.get("published"),
+            texts=texts,
         )
         components.append({"task": task.name, "rate": rate, "directory": directory.relative_to(cache_dir).as_posix()})
     mixture = {
@@ -154,6 +165,22 @@ def build(
     path = cache_dir / name / f"{digest(mixture)}.json"
     write_whole(path, mixture)
     return path
+
+
+def _text_features(task: "seqio.Task") -> tuple[str, ...]:
+    """The features whose documents are cached: `targets` of a language-model task, the inputs of a labelled one."""
+    import seqio
+
+    features = task.output_features
+    if set(features) == {FEATURE}:
+        return (FEATURE,)
+    for texts in LABELLED_FEATURES:
+        if set(features) == {*texts, FEATURE} and isinstance(features[FEATURE].vocabulary, seqio.PassThroughVocabulary):
+            return texts
+    raise CacheError(
+        f"Task {task.name!r} has the features {sorted(features)}; the token cache holds language-model tasks, whose only "
+        f"feature is {FEATURE!r}, and labelled ones. Train on it with DatasetConfig.source='seqio'."
+    )
 
 
 def _prepare(modules: Sequence[str], gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:

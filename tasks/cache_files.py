@@ -6,10 +6,12 @@
                                     /offsets.npy       int64 [documents + 1]: where each document starts, and the end
                                     /bytes.npy         int64 [documents]: UTF-8 length of each document's text, from
                                                        which bits per byte are exact under any vocabulary
+                                    /labels.npy        int64 [examples]: the class of each example, for labelled tasks
                                     /manifest.json     the shard's counts, sizes and checksums
     DIR/NAME/FINGERPRINT.json                          a mixture (or a task alone): its tasks, rates and vocabulary
 
-The stream of a split is that of its shards, one after the other.
+The stream of a split is that of its shards, one after the other. A labelled task has class ids as `targets` and its texts
+(tokens, pixels, …) as `inputs`, or for pairs `inputs` and `inputs2`: these are its documents, one or two an example.
 """
 
 import hashlib
@@ -23,6 +25,9 @@ from typing import Any
 
 FORMAT = 2
 FEATURE = "targets"
+# Of labelled tasks: the features whose documents are classified together.
+LABELLED_FEATURES = (("inputs",), ("inputs", "inputs2"))
+LABELS_FILE = "labels.npy"
 DATA_FILES = ("tokens.bin", "offsets.npy", "bytes.npy")
 
 

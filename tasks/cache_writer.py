@@ -43,11 +43,12 @@ def build_task(
     processes: int = 1,
     prepare: Callable[[], None] = lambda: None,
     published: dict[str, dict[str, int]] | None = None,
+    texts: tuple[str, ...] = (FEATURE,),
 ) -> pathlib.Path:
     """Makes DIR/TASK/FINGERPRINT unless it is there, and returns it.
 
     Args:
-      task: a seqio task whose only feature is `targets`.
+      task: a seqio task whose only feature is `targets`, or a labelled one.
       cache_dir: where caches lie.
       identity: what the contents depend on; its digest is the fingerprint.
       vocabulary: description of the vocabulary.
@@ -55,9 +56,10 @@ def build_task(
       prepare: picklable; registers the task in such an interpreter.
       published: {split: {'documents', 'words'}} of the published corpus; where the documents agree, the words are
         recorded.
+      texts: the features whose documents are cached; others than `targets` make it a labelled task.
 
     Raises:
-      CacheError: for tokens outside the vocabulary, or an existing cache that is damaged.
+      CacheError: for tokens or classes outside the vocabulary, or an existing cache that is damaged.
     """
     fingerprint = cache_files.digest(identity)
     target = cache_dir / task.name / fingerprint
@@ -66,14 +68,14 @@ def build_task(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(target.parent / f".lock-{fingerprint}"):
             if not target.is_dir():
-                _make(task, target, splits, identity, vocabulary, processes, prepare, published or {})
+                _make(task, target, splits, identity, vocabulary, processes, prepare, published or {}, texts)
     for split in splits:
         if (target / split).exists() or not _missing(task, split):
             cache_files.check(target / split)
     return target
 
 
-def _make(task, target, splits, identity, vocabulary, processes, prepare, published) -> None:
+def _make(task, target, splits, identity, vocabulary, processes, prepare, published, texts) -> None:
     _remove_stale(target.parent)
     working = target.parent / f".making-{target.name}"
     splits = [split for split in splits if not _missing(task, split)]
@@ -83,7 +85,7 @@ def _make(task, target, splits, identity, vocabulary, processes, prepare, publis
     jobs = [job for job in jobs if not _is_made(working / job[0] / cache_files.shard_name(job[1]))]
     logger.info("Tokenizing %s (%s) into %s: %d shards to make", task.name, ", ".join(splits), target, len(jobs))
     began, tokens = time.monotonic(), 0
-    for done, (split, shard) in enumerate(_run(task, jobs, working, vocabulary, processes, prepare), 1):
+    for done, (split, shard) in enumerate(_run(task, jobs, working, vocabulary, processes, prepare, texts), 1):
         tokens += shard["tokens"]
         rate = tokens / max(time.monotonic() - began, 1e-9)
         logger.info(
@@ -100,16 +102,16 @@ def _make(task, target, splits, identity, vocabulary, processes, prepare, publis
             raise
 
 
-def _run(task, jobs, working, vocabulary, processes, prepare) -> Iterator[tuple[str, dict[str, Any]]]:
+def _run(task, jobs, working, vocabulary, processes, prepare, texts) -> Iterator[tuple[str, dict[str, Any]]]:
     """Makes the shards, and gives (split, manifest) as each is done."""
     if processes == 1 or len(jobs) < 2:
         for split, index, count in jobs:
-            yield split, write_shard(task, split, index, count, working, vocabulary)
+            yield split, write_shard(task, split, index, count, working, vocabulary, texts)
         return
     # TensorFlow does not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), context, _set_up, (prepare,)) as pool:
-        futures = {pool.submit(_write_registered, task.name, *job, working, vocabulary): job[0] for job in jobs}
+        futures = {pool.submit(_write_registered, task.name, *job, working, vocabulary, texts): job[0] for job in jobs}
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
@@ -135,11 +137,17 @@ def _write_registered(name: str, *arguments: Any) -> dict[str, Any]:
 
 
 def write_shard(
-    task: "seqio.Task", split: str, index: int, count: int, working: pathlib.Path, vocabulary: dict[str, Any]
+    task: "seqio.Task",
+    split: str,
+    index: int,
+    count: int,
+    working: pathlib.Path,
+    vocabulary: dict[str, Any],
+    texts: tuple[str, ...] = (FEATURE,),
 ) -> dict[str, Any]:
     """Writes shard `index` of `count` of a split below the working folder, and returns its manifest."""
     dtype = np.dtype(np.min_scalar_type(vocabulary["size"] - 1)).newbyteorder("<")
-    offsets, lengths = array.array("q", [0]), array.array("q")
+    offsets, lengths, labels = array.array("q", [0]), array.array("q"), array.array("q")
     (working / split).mkdir(parents=True, exist_ok=True)
     os.utime(working)
     counts = getattr(getattr(task, "source", None), "counts", None)
@@ -149,7 +157,9 @@ def write_shard(
     try:
         shown = time.monotonic()
         with open(temporary / "tokens.bin", "wb") as file:
-            for tokens, byte_length in documents(task, split, index, count):
+            for tokens, byte_length, label in _documents(task, split, index, count, texts):
+                if label is not None:
+                    labels.append(_checked_label(label, task.name, split, vocabulary["classes"]))
                 if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary["size"]:
                     raise CacheError(
                         f"Document {len(lengths)} of {task.name!r}, split {split!r}, has token ids from {tokens.min()} "
@@ -163,6 +173,10 @@ def write_shard(
                     logger.info("%s %s, shard %d of %d: %s tokens", task.name, split, index, count, f"{offsets[-1]:,}")
         np.save(temporary / "offsets.npy", np.frombuffer(offsets, np.int64))
         np.save(temporary / "bytes.npy", np.array(lengths, np.int64))
+        files = DATA_FILES
+        if texts != (FEATURE,):
+            files = (*DATA_FILES, cache_files.LABELS_FILE)
+            np.save(temporary / cache_files.LABELS_FILE, np.array(labels, np.int64))
         shard = {
             "documents": len(lengths),
             "tokens": offsets[-1],
@@ -170,11 +184,11 @@ def write_shard(
             "counts": dict(sorted(counts.items())) if counts else {},
             "files": {
                 name: {"size": (temporary / name).stat().st_size, "sha256": cache_files.sha256(temporary / name)}
-                for name in DATA_FILES
+                for name in files
             },
         }
         cache_files.write_whole(temporary / "manifest.json", shard)
-        for name in DATA_FILES:
+        for name in files:
             cache_files.sync(temporary / name)
         temporary.chmod(0o755)
         made = working / split / cache_files.shard_name(index)
@@ -190,12 +204,19 @@ def write_shard(
 
 def documents(task: "seqio.Task", split: str, index: int = 0, count: int = 1) -> Iterator[tuple[np.ndarray, int]]:
     """Tokens [n] and text length in bytes of each document of a shard, as the task's preprocessors make them."""
+    for tokens, byte_length, _ in _documents(task, split, index, count, (FEATURE,)):
+        yield tokens, byte_length
+
+
+def _documents(
+    task: "seqio.Task", split: str, index: int, count: int, texts: tuple[str, ...]
+) -> Iterator[tuple[np.ndarray, int, np.ndarray | None]]:
+    """As `documents`; of a labelled task also the class ids [1], with the first document of each example."""
     shard = {}
     if count > 1:
         import seqio
 
         shard = {"shard_info": seqio.ShardInfo(index, count)}
-    vocabulary = task.output_features[FEATURE].vocabulary
     dataset = task.get_dataset(
         sequence_length=None, split=split, shuffle=False, trim_output_features=False, try_in_mem_cache=False, **shard
     )
@@ -208,11 +229,26 @@ def documents(task: "seqio.Task", split: str, index: int = 0, count: int = 1) ->
             raise (getattr(task.source, "failure", None) or error) from None
         if example is None:
             return
-        tokens = example[FEATURE]
-        text = example.get(f"{FEATURE}_pretokenized")
-        if not isinstance(text, bytes):
-            text = vocabulary.decode([int(t) for t in tokens]).encode("utf-8")
-        yield tokens, len(text)
+        label = None if texts == (FEATURE,) else example[FEATURE]
+        for feature in texts:
+            tokens = example[feature]
+            text = example.get(f"{feature}_pretokenized")
+            if not isinstance(text, bytes):
+                # What a labelled task classifies need not be text.
+                decode = task.output_features[feature].vocabulary.decode
+                text = decode([int(t) for t in tokens]).encode("utf-8") if label is None else b""
+            yield tokens, len(text), label if feature == texts[0] else None
+
+
+def _checked_label(label: np.ndarray, name: str, split: str, classes: int) -> int:
+    """The single class id of an example."""
+    ids = [int(i) for i in np.ravel(label)]
+    if len(ids) != 1 or not 0 <= ids[0] < classes:
+        raise CacheError(
+            f"An example of {name!r}, split {split!r}, has the targets {ids[:8]}; a labelled task has one class id below "
+            f"{classes}."
+        )
+    return ids[0]
 
 
 def _finish_split(task, directory, split, identity, vocabulary, published) -> None:

@@ -9,6 +9,7 @@ Evaluation feeds are those of `t5x_ssm.data.evaluation_feeds`.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -20,18 +21,21 @@ from typing import Any
 import numpy as np
 
 from t5x_ssm.data import encoder_decoder, sources
+from t5x_ssm.data.classification import ClassificationEvaluation, ClassificationFeed, LabelledExamples
 from t5x_ssm.data.encoder_decoder import EncoderDecoderObjective
 from t5x_ssm.data.evaluation_feeds import EncoderDecoderEvaluation, EvaluationFeed
-from t5x_ssm.data.prefetch import PrefetchedFeed, Prefetcher
+from t5x_ssm.data.indexed import IndexedRows
+from t5x_ssm.data.prefetch import PrefetchedFeed
 from t5x_ssm.data.sources import Batch
 from t5x_ssm.errors import DataError
 from tasks import cache
 
 logger = logging.getLogger(__name__)
 
-TARGETS, INPUTS = cache.FEATURE, "inputs"
-# Of a decoder; of an encoder-decoder over a stream of text; of one over tasks with inputs and targets.
-OBJECTIVES = ("language_model", *encoder_decoder.OBJECTIVES, "sequence_to_sequence")
+TARGETS, INPUTS, INPUTS_2 = cache.FEATURE, "inputs", "inputs2"
+CLASSIFICATION = "classification"
+# Of a decoder; of an encoder-decoder over a stream of text; of one over tasks with inputs and targets; of a classifier.
+OBJECTIVES = ("language_model", *encoder_decoder.OBJECTIVES, "sequence_to_sequence", CLASSIFICATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,8 @@ class DatasetConfig:
 
     Attributes:
       mixture_or_task_name: a registered seqio task or mixture.
-      task_feature_lengths: {'targets': tokens per row}; of an encoder-decoder also {'inputs': …}.
+      task_feature_lengths: {'targets': tokens per row}; of an encoder-decoder also {'inputs': …}; of a classifier
+        {'inputs': …, 'targets': 1}, and of one of pairs {'inputs2': …} as well.
       split: 'train', 'validation', …
       batch_size: rows per step over all processes.
       shuffle: whether training rows are shuffled; evaluation reads in order and insists on False.
@@ -54,7 +59,8 @@ class DatasetConfig:
       source: 'cache' (the token cache, made if it is missing) or 'seqio' (the live pipeline).
       cache_dir: where token caches lie; None means `tasks.cache.default_cache_dir()`.
       objective: 'language_model' for decoders. For encoder-decoders 'span_corruption' or 'prefix_lm' over a token cache
-        (see `t5x_ssm.data.encoder_decoder`), or 'sequence_to_sequence' for a live task with inputs and targets.
+        (see `t5x_ssm.data.encoder_decoder`), or 'sequence_to_sequence' for a live task with inputs and targets. For
+        classifiers 'classification', of a task whose targets are class ids (see `t5x_ssm.data.classification`).
       noise_density, mean_span_length: part of the tokens that span corruption hides, and tokens in a span on average.
     """
 
@@ -109,9 +115,13 @@ def open_feed(
             )
     with _for_the_user():
         mixture = _open_cache(config, process_index, process_count, barrier)
-    return IndexedFeed(
-        mixture, config, process_index=process_index, process_count=process_count, seed=seed, prefetch=prefetch
-    )
+    place = {"process_index": process_index, "process_count": process_count, "prefetch": prefetch}
+    if config.objective == CLASSIFICATION:
+        identity = _identity(mixture, config, seed, config.task_feature_lengths[INPUTS])
+        identity["objective"] = CLASSIFICATION
+        settings = {"seed": seed, "shuffle": config.shuffle, "batch_size": config.batch_size}
+        return ClassificationFeed(mixture, identity, **settings, **place)
+    return IndexedFeed(mixture, config, seed=seed, **place)
 
 
 def open_evaluation(
@@ -120,7 +130,7 @@ def open_evaluation(
     process_index: int = 0,
     process_count: int = 1,
     barrier: Callable[[], None] | None = None,
-) -> dict[str, EvaluationFeed | EncoderDecoderEvaluation]:
+) -> dict[str, EvaluationFeed | EncoderDecoderEvaluation | ClassificationEvaluation]:
     """Opens a split for evaluation: one feed per task of the mixture, by the task's name.
 
     The length may be any, also longer than documents: windows run over document ends. Arguments and errors as in
@@ -135,6 +145,12 @@ def open_evaluation(
         raise DataError("Evaluation reads a split once and in order: set DatasetConfig.shuffle=False for it.")
     with _for_the_user():
         mixture = _open_cache(config, process_index, process_count, barrier)
+    if config.objective == CLASSIFICATION:
+        place = {"process_index": process_index, "process_count": process_count}
+        return {
+            examples.task: ClassificationEvaluation(examples, mixture.vocabulary, config.batch_size, **place)
+            for examples in mixture.streams
+        }
     if objective := _objective(config, mixture.vocabulary):
         return {
             stream.task: EncoderDecoderEvaluation(
@@ -165,8 +181,8 @@ def _for_the_user() -> Iterator[None]:
         raise DataError(str(error)) from error
 
 
-class IndexedFeed(PrefetchedFeed):
-    """Batches of a cached mixture; the position is (seed, step), good for any number of processes."""
+class IndexedFeed(IndexedRows):
+    """Batches of a cached mixture's token streams."""
 
     def __init__(
         self,
@@ -180,17 +196,7 @@ class IndexedFeed(PrefetchedFeed):
     ):
         self._objective = _objective(config, mixture.vocabulary)
         length = self._objective.window if self._objective else config.task_feature_lengths[TARGETS]
-        identity = {
-            "kind": "indexed",
-            "name": mixture.name,
-            "split": config.split,
-            "data": mixture.checksum,
-            "seed": seed,
-            "length": length,
-            "batch_size": config.batch_size,
-            "shuffle": config.shuffle,
-            "pack": config.pack,
-        }
+        identity = _identity(mixture, config, seed, length)
         if self._objective:
             names = ("objective", "noise_density", "mean_span_length")
             identity |= {
@@ -198,22 +204,20 @@ class IndexedFeed(PrefetchedFeed):
                 **{name: getattr(config, name) for name in names},
             }
         vocabulary = self._objective.vocabulary if self._objective else mixture.vocabulary
-        super().__init__(vocabulary, identity, prefetch=prefetch)
+        super().__init__(
+            vocabulary,
+            identity,
+            batch_size=config.batch_size,
+            process_index=process_index,
+            process_count=process_count,
+            prefetch=prefetch,
+        )
         per_token = [stream.num_bytes / max(len(stream), 1) for stream in mixture.streams]
         # Of the text that training reads, at the mixture's rates.
         if not self._objective:  # Else the targets are not the text.
             self.bytes_per_token = float(np.average(per_token, weights=mixture.rates))
         self._seed = seed
         self._rows = sources.training_rows(mixture, length, seed=seed, shuffle=config.shuffle, segments=config.pack)
-        local = config.batch_size // process_count
-        self._batch_size = config.batch_size
-        self._local_rows = range(process_index * local, (process_index + 1) * local)
-        self._step = 0
-
-    def batch(self, step: int) -> Batch:
-        """This process's rows of the batch of any step."""
-        first = step * self._batch_size
-        return sources.stack([self._row(first + row) for row in self._local_rows])
 
     def _row(self, row: int) -> Batch:
         example = self._rows[row]
@@ -221,22 +225,20 @@ class IndexedFeed(PrefetchedFeed):
             return example
         return self._objective.example(example["decoder_target_tokens"], encoder_decoder.generator(self._seed, row))
 
-    def next(self) -> Batch:
-        if self._prefetcher is None:
-            # Only now: a feed that is restored first never reads the beginning.
-            start = self._step
-            self._prefetcher = Prefetcher(lambda i: self.batch(start + i), depth=self._depth)
-        batch = self._prefetcher.next()
-        self._step += 1
-        return batch
 
-    def state(self) -> dict[str, Any]:
-        return {**self.identity, "step": self._step}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._check_identity(state)
-        self.close()
-        self._step = int(state["step"])
+def _identity(mixture: sources.CachedMixture, config: DatasetConfig, seed: int, length: int) -> dict[str, Any]:
+    """What every row of a cached mixture is a function of."""
+    return {
+        "kind": "indexed",
+        "name": mixture.name,
+        "split": config.split,
+        "data": mixture.checksum,
+        "seed": seed,
+        "length": length,
+        "batch_size": config.batch_size,
+        "shuffle": config.shuffle,
+        "pack": config.pack,
+    }
 
 
 def _objective(config: DatasetConfig, vocabulary: Mapping[str, Any]) -> EncoderDecoderObjective | None:
@@ -278,7 +280,9 @@ def check_config(config: DatasetConfig, process_count: int) -> None:
         wanted = "seqio" if config.objective == "sequence_to_sequence" else "cache"
         if config.source != wanted:
             raise DataError(f"DatasetConfig.objective={config.objective!r} needs DatasetConfig.source={wanted!r}.")
-        if set(lengths) != {INPUTS, TARGETS}:
+        if config.objective == CLASSIFICATION:
+            _check_classified(lengths)
+        elif set(lengths) != {INPUTS, TARGETS}:
             raise DataError(
                 f"TASK_FEATURE_LENGTHS must have lengths for {INPUTS!r} and {TARGETS!r} with DatasetConfig.objective="
                 f"{config.objective!r}, but it is {lengths}."
@@ -297,6 +301,27 @@ def check_config(config: DatasetConfig, process_count: int) -> None:
             "USE_CACHED_TASKS (DatasetConfig.use_cached) means seqio's offline cache, which only source='seqio' reads. "
             "Set it to False: the token cache is used, and made when it is missing."
         )
+
+
+def _check_classified(lengths: Mapping[str, int]) -> None:
+    texts = {name: length for name, length in lengths.items() if name != TARGETS}
+    if set(texts) not in ({INPUTS}, {INPUTS, INPUTS_2}) or len(set(texts.values())) > 1 or lengths[TARGETS] != 1:
+        raise DataError(
+            f"TASK_FEATURE_LENGTHS must be {{'{INPUTS}': length, '{TARGETS}': 1}} with DatasetConfig.objective="
+            f"{CLASSIFICATION!r}, and for pairs have the same length for {INPUTS_2!r}, but it is {dict(lengths)}."
+        )
+
+
+def check_classes(vocabulary: Mapping[str, Any], num_classes: int | None) -> None:
+    """Raises DataError if data of this vocabulary does not fit a classifier of so many classes, or no classifier (None)."""
+    found = vocabulary.get("classes")
+    if (found is None) != (num_classes is None):
+        what = (
+            "has no classes, and the model is a classifier" if found is None else "is classified, and the model is not"
+        )
+        raise DataError(f"The data {what}; DatasetConfig.objective and the model's objective must belong together.")
+    if found is not None and found > num_classes:
+        raise DataError(f"The data has {found} classes, more than the model's num_classes = {num_classes}.")
 
 
 def check_vocabulary(
@@ -334,7 +359,19 @@ def _open_cache(
         path = path or cache.find(name, cache_dir)
     if path is None:
         path = _make_cache(name, cache_dir, config.module)
-    return sources.CachedMixture(path, config.split)
+    if config.objective != CLASSIFICATION:
+        return sources.CachedMixture(path, config.split)
+    open_examples = functools.partial(LabelledExamples, length=config.task_feature_lengths[INPUTS])
+    mixture = sources.CachedMixture(path, config.split, open_stream=open_examples)
+    pairs = INPUTS_2 in config.task_feature_lengths
+    for examples in mixture.streams:
+        if examples.pairs != pairs:
+            wanted = "pairs" if examples.pairs else "single sequences"
+            raise DataError(
+                f"The examples of {examples.task!r} are {wanted}, but TASK_FEATURE_LENGTHS is "
+                f"{dict(config.task_feature_lengths)}."
+            )
+    return mixture
 
 
 def _make_cache(name: str, cache_dir: pathlib.Path, module: str | None) -> pathlib.Path:

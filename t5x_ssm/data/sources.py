@@ -12,7 +12,8 @@ import heapq
 import itertools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -57,8 +58,21 @@ class CachedMixture:
       rates: one per task, positive.
     """
 
-    def __init__(self, path: pathlib.Path, split: str, *, checksums: bool = False):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        split: str,
+        *,
+        checksums: bool = False,
+        open_stream: Callable[..., Any] = TokenStream,
+    ):
         """Opens a split of the mixture file `path`, which `tasks.cache.find` gives.
+
+        Args:
+          path: the mixture file.
+          split: 'train', …
+          checksums: reads the split whole and compares.
+          open_stream: called with (directory, checksums=…) for each task.
 
         Raises:
           ValueError: for a split that a task does not have, and for damaged files.
@@ -74,7 +88,7 @@ class CachedMixture:
             splits = sorted(p.parent.name for p in directory.glob("*/manifest.json"))
             if splits and split not in splits:
                 raise DataError(f"{component['task']!r} has no split {split!r}; it has {', '.join(splits)}.")
-            self.streams.append(TokenStream(directory / split, checksums=checksums))
+            self.streams.append(open_stream(directory / split, checksums=checksums))
 
     @property
     def checksum(self) -> str:
@@ -135,9 +149,20 @@ def training_rows(
     Returns:
       A random-access dataset; index it with r.
     """
+    windows = [WindowSource(stream, length, segments=segments) for stream in mixture.streams]
+    return endless_rows(mixture, windows, seed=seed, shuffle=shuffle)
+
+
+def endless_rows(
+    mixture: CachedMixture, sources: Sequence[Any], *, seed: int, shuffle: bool = True
+) -> grain.MapDataset:
+    """The rows of random-access sources, one for each stream of a mixture, at its rates and without end.
+
+    Arguments and result as of `training_rows`.
+    """
     parts = []
-    for stream in mixture.streams:
-        part = grain.MapDataset.source(WindowSource(stream, length, segments=segments))
+    for stream, source in zip(mixture.streams, sources, strict=True):
+        part = grain.MapDataset.source(source)
         if shuffle:
             # Grain gives epoch e the seed + e; hashed seeds keep runs with seeds 0 and 1 from sharing epochs.
             digest = hashlib.sha256(f"{seed} {stream.task}".encode()).digest()
