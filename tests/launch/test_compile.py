@@ -137,17 +137,42 @@ def test_the_roofline_of_known_costs():
     )
 
 
+def planned(name):
+    """The network of a file of gin/models, shapes of its parameters, and shapes of its batch."""
+    from t5x_ssm.train import batch_shapes
+
+    run = compile_lib.load(config_lib.Arguments((f"models/{name}.gin",), (), (), None))
+    shapes = batch_shapes(run["train_dataset_cfg"])
+    return run["model"].network, jax.eval_shape(lambda: run["model"].init(jax.random.key(0), shapes))["params"], shapes
+
+
 def test_model_flops_count_the_keys_that_queries_see():
-    arguments = config_lib.Arguments(("models/gss_hybrid_7b.gin",), (), (), None)
-    network = compile_lib.load(arguments)["model"].network
+    params = {"kernel": jax.ShapeDtypeStruct((10, 100), jnp.float32)}
+    network, _, _ = planned("gss_hybrid_7b")
     # 10 of 40 layers attend, in chunks of 512, with 32 heads of 128.
     seen = sum(min(i % 512, 511) + 1 for i in range(4096)) / 4096
     expected = 4096 * 2 * (6 * 1000 + 12 * 10 * 4096 * seen)
-    assert roofline.model_flops(network, 1000, (2, 4096)) == pytest.approx(expected)
+    batch = {"decoder_input_tokens": jax.ShapeDtypeStruct((2, 4096), jnp.int32)}
+    assert roofline.model_flops(network, params, batch) == pytest.approx(expected)
     # A sliding window of 512 in every one of 34 layers, the global one included.
-    network = compile_lib.load(config_lib.Arguments(("models/spade_lm_7b.gin",), (), (), None))["model"].network
+    network, _, _ = planned("spade_lm_7b")
     seen = sum(min(i + 1, 512) for i in range(4096)) / 4096
-    assert roofline.model_flops(network, 0, (1, 4096)) == pytest.approx(4096 * 12 * 34 * 4096 * seen)
+    batch = {"decoder_input_tokens": jax.ShapeDtypeStruct((1, 4096), jnp.int32)}
+    assert roofline.model_flops(network, {}, batch) == pytest.approx(4096 * 12 * 34 * 4096 * seen)
+
+
+def test_model_flops_of_an_encoder_decoder_count_each_side_by_its_tokens():
+    found = roofline.model_flops(*planned("spade_3b"))
+    width, source, target = 2048, 4096, 1024
+    # Multiplications of one token in matrices: an encoder layer has four square ones and a feed-forward block of 4, the first
+    # also what joins its two halves; a decoder layer has the four of cross-attention too, two of them over the source.
+    encoder_token = 24 * 12 * width**2 + 2 * width**2 + 24 * 2 * width**2
+    decoder_token = 24 * 14 * width**2 + 50272 * width
+    around = sum(min(i, 128) + 1 + min(source - 1 - i, 128) for i in range(source)) / source
+    attention = 24 * width * (source * around + target * (target + 1) / 2 + target * source)
+    expected = 512 * (6 * (source * encoder_token + target * decoder_token) + 12 * attention)
+    # Norms, biases, S4's own parameters and the learned positions are counted like matrices: under half a percent.
+    assert expected < found < 1.005 * expected
 
 
 @pytest.mark.parametrize(
@@ -157,13 +182,13 @@ def test_model_flops_count_the_keys_that_queries_see():
         ("gss_7b", 32000 * 4096 + 8192 + 44 * (8192 + 2048 + 4096 * (2 * 16384 + 1024) + 1024 * (16384 + 1025) + 1024)),
         # Four square projections, an MLP of 4, two norms.
         ("transformer_7b", 32000 * 4096 + 8192 + 34 * (12 * 4096**2 + 4 * 4096)),
+        # As their files of gin/networks say.
+        ("spade_base", 239_147_520),
+        ("spade_large", 759_980_032),
     ],
 )
 def test_sizes_of_the_large_models(name, parameters):
-    from t5x_ssm.train import batch_shapes
-
-    run = compile_lib.load(config_lib.Arguments((f"models/{name}.gin",), (), (), None))
-    shapes = batch_shapes(run["train_dataset_cfg"])
-    variables = jax.eval_shape(lambda: run["model"].init(jax.random.key(0), shapes))
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
-    assert jnp.prod(jnp.asarray(shapes["decoder_input_tokens"].shape)) >= 2**21
+    _, params, shapes = planned(name)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+    batch, length = shapes.get("encoder_input_tokens", shapes["decoder_input_tokens"]).shape
+    assert batch * length >= 2**21 and length >= 4096
