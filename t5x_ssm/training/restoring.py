@@ -90,16 +90,27 @@ def restore_state(restore: RestoreCheckpointConfig, abstract_tree: Mapping[str, 
     path = _find(restore)
     wanted = verified_arrays.expected_leaves(abstract_tree)
 
-    def plan() -> dict[str, Any] | None:
+    def plan() -> tuple[dict[str, Any] | None, dict[str, Any]]:
         manifest, arrays = _contents(path)
-        if manifest is None:
-            stored_tree.compare(path, arrays, wanted)
-        else:
+        if manifest is not None:
             verified_arrays.compare_state(path, manifest, wanted)
-        return manifest
+            return manifest, wanted
+        # T5X stores whole numbers, the step too, in the floating-point type of its checkpoints.
+        as_wanted = {
+            name: jax.ShapeDtypeStruct(leaf.shape, wanted[name].dtype if name in wanted else leaf.dtype)
+            for name, leaf in arrays.items()
+        }
+        stored_tree.compare(path, as_wanted, wanted)
+        return None, {
+            name: jax.ShapeDtypeStruct(leaf.shape, arrays[name].dtype, sharding=leaf.sharding)
+            for name, leaf in wanted.items()
+        }
 
-    manifest = consensus.succeed_together(plan)
-    leaves = verified_arrays.read_verified(path, manifest, wanted)
+    manifest, placed = consensus.succeed_together(plan)
+    leaves = {
+        name: leaf.astype(wanted[name].dtype)
+        for name, leaf in verified_arrays.read_verified(path, manifest, placed).items()
+    }
     metadata = None if manifest is None else manifest["metadata"]
     return RestoredState(stored_tree.fill(abstract_tree, leaves), path, metadata)
 

@@ -15,7 +15,7 @@ pytest.importorskip("t5x.models", reason="T5X cannot be imported; docs/t5x.md sa
 
 from t5x_ssm.layers.gss import GSS
 from t5x_ssm.models.decoder import Decoder
-from t5x_ssm.training import checkpoints
+from t5x_ssm.training import restoring
 
 pytestmark = [pytest.mark.t5x, pytest.mark.slow]
 
@@ -58,7 +58,7 @@ def parameters(checkpoint):
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), tokens, tokens, enable_dropout=False)["params"])
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    return checkpoints.restore_parameters(checkpoint, placed).params
+    return restoring.restore_parameters(checkpoint, placed).params
 
 
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path):
