@@ -17,7 +17,10 @@ Implementations with one signature, which `select_method` chooses between:
   "direct"  a sum over the lags, for kernels of few;
   "fft"     the backend's complex FFT;
   "matmul"  the transform as two matrix products with a twiddle between, in real planes (Bailey's four steps; the Monarch
-            factorisation of FlashConv), for accelerators whose matrix units outrun their FFT.
+            factorisation of FlashConv), for accelerators whose matrix units outrun their FFT; products of float32
+            precision, six passes of bfloat16 on a TPU
+  "matmul_high"  the same in three passes: half the time in the matrix unit and an error of 7e-6 instead of 5e-7 of the
+            output's size (benchmarks/convolution_precision.py). Chosen where jax_default_matmul_precision is "high".
 """
 
 import functools
@@ -27,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-METHODS = ("direct", "fft", "matmul")
+METHODS = ("direct", "fft", "matmul", "matmul_high")
 
 # A sum over up to this many lags is written out: fewer operations than any transform needs.
 DIRECT_LAGS = 32
@@ -86,7 +89,9 @@ def select_method(platform: str, lags: int) -> str:
     """The implementation that `causal_convolution` uses by default on this platform for kernels of so many lags."""
     if lags <= DIRECT_LAGS:
         return "direct"
-    return "matmul" if platform == "tpu" else "fft"
+    if platform != "tpu":
+        return "fft"
+    return "matmul_high" if jax.config.jax_default_matmul_precision in ("high", "bfloat16_3x") else "matmul"
 
 
 def _in_channel_groups(function, elements, u_BLH, *kernels):
@@ -272,7 +277,11 @@ def _ungrid(x):
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-TOEPLITZ = {"fft": _toeplitz_fft, "matmul": _toeplitz_matmul}
+TOEPLITZ = {
+    "fft": _toeplitz_fft,
+    "matmul": _toeplitz_matmul,
+    "matmul_high": functools.partial(_toeplitz_matmul, precision=lax.Precision.HIGH),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

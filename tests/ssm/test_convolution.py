@@ -175,6 +175,9 @@ def test_the_dispatcher_chooses_each_method_somewhere():
     assert select_method("cpu", 16) == select_method("tpu", 16) == "direct"
     assert select_method("cpu", 2048) == select_method("cuda", 65536) == "fft"
     assert select_method("tpu", 2048) == "matmul"
+    with jax.default_matmul_precision("high"):
+        assert select_method("tpu", 2048) == "matmul_high"
+        assert select_method("cpu", 2048) == "fft"
 
     def lowered(length, platform):
         u, kernel = jax.ShapeDtypeStruct((1, length, 2), jnp.float32), jax.ShapeDtypeStruct((2, length), jnp.float32)
@@ -188,7 +191,7 @@ def test_the_dispatcher_chooses_each_method_somewhere():
 
 def test_settings_that_cannot_be_are_refused():
     u, kernel = (jnp.asarray(x) for x in draw(1, 8, 2, 8))
-    with pytest.raises(ValueError, match="choose method from direct, fft, matmul"):
+    with pytest.raises(ValueError, match="choose method from direct, fft, matmul, matmul_high"):
         causal_convolution(u, kernel, method="fast")
     with pytest.raises(ValueError, match="at most 32 lags, not 40: choose method 'fft'"):
         causal_convolution(*(jnp.asarray(x) for x in draw(1, 40, 2, 40)), method="direct")
