@@ -2,7 +2,7 @@
 
 Figures are those of the chips' pages in the documentation of Cloud TPU (docs.cloud.google.com/tpu/docs: v4, v5e, v5p, v6e). They are
 peaks. Interconnect bandwidth is of all links of a chip together in one direction, half of what the pages call
-bidirectional.
+bidirectional. Network bandwidth is that between slices; where the page gives it for a pod, a chip's is its share.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ class Chip:
       hbm_bytes: memory.
       hbm_bandwidth: bytes a second.
       ici_bandwidth: bytes a second that a chip can send over all its links to other chips of the slice.
+      network_bandwidth: bytes a second from a chip to other slices; None where the page does not say.
       dimensions: of the torus, so of a topology's name.
     """
 
@@ -30,15 +31,16 @@ class Chip:
     hbm_bytes: int
     hbm_bandwidth: float
     ici_bandwidth: float
+    network_bandwidth: float | None
     dimensions: int
 
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip(peak_flops("TPU v4"), 32 * GIB, 1200e9, 300e9, 3),
-    "v5e": Chip(peak_flops("TPU v5e"), 16 * GIB, 819e9, 200e9, 2),
-    "v5p": Chip(peak_flops("TPU v5p"), 95 * GIB, 2765e9, 600e9, 3),
-    "v6e": Chip(peak_flops("TPU v6e"), 32 * GIB, 1638e9, 400e9, 2),
+    "v4": Chip(peak_flops("TPU v4"), 32 * GIB, 1200e9, 300e9, None, 3),
+    "v5e": Chip(peak_flops("TPU v5e"), 16 * GIB, 819e9, 200e9, 6.4e12 / 8 / 256, 2),
+    "v5p": Chip(peak_flops("TPU v5p"), 95 * GIB, 2765e9, 600e9, 50e9 / 8, 3),
+    "v6e": Chip(peak_flops("TPU v6e"), 32 * GIB, 1638e9, 400e9, 25.6e12 / 8 / 256, 2),
 }
 
 

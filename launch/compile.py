@@ -130,7 +130,7 @@ def make_plan(run: dict[str, Any], topology: str, slices: int) -> dict[str, Any]
         "unknown_loops": list(costs.unknown_loops),
         "predicted": {
             "seconds": times,
-            "bound_by": max(("compute", "hbm", "interconnect"), key=times.get),
+            "bound_by": max(("compute", "hbm", "interconnect", "network"), key=times.get),
             "utilisation": {way: needed / chip.flops / times[way] for way in ("overlapped", "in_turn")},
             "tokens_per_second": {way: tokens / times[way] for way in ("overlapped", "in_turn")},
         },
@@ -175,8 +175,8 @@ def describe(plan: dict[str, Any]) -> str:
     lines += [f"  {name} runs an unknown number of times and is counted once" for name in plan["unknown_loops"]]
     lines += [
         "predicted, not measured:",
-        f"  compute {seconds['compute']:.2f} s, HBM {seconds['hbm']:.2f} s, interconnect {seconds['interconnect']:.2f} s; "
-        f"bound by {predicted['bound_by']}",
+        f"  compute {seconds['compute']:.2f} s, HBM {seconds['hbm']:.2f} s, interconnect {seconds['interconnect']:.2f} s, "
+        f"network between slices {seconds.get('network', 0):.2f} s; bound by {predicted['bound_by']}",
     ]
     lines += [
         f"  {way.replace('_', ' ')}: {seconds[way]:.2f} s a step, {predicted['tokens_per_second'][way]:,.0f} tokens/s, model "

@@ -8,7 +8,8 @@ product in float32 like one in bfloat16. Here:
   passes       of the matrix unit for each: 1 for bfloat16 operands and default precision, 3 for "high", 6 for "highest";
   HBM bytes    what operations outside fusions read and write; slices count as what they take of their operand, and what
                lies in on-chip memory (`S(1)` in a layout) not at all;
-  collectives  by kind and mesh axes: how often, and the larger of input and output.
+  collectives  by kind and mesh axes: how often, and the larger of input and output. Between slices, where the program hands
+               arrays to the host and its network, the axes are "slices".
 """
 
 import collections
@@ -26,6 +27,8 @@ BYTES = {
     **{"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1},
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+# Instead of mesh axes, for what goes through the network.
+BETWEEN_SLICES = "slices"
 PASSES = {"high": 3, "highest": 6}
 # They move nothing themselves: names for parts of others, or wrappers whose contents are counted.
 FREE = frozenset(
@@ -139,6 +142,9 @@ def costs(text: str, mesh_shape: Mapping[str, int]) -> Costs:
             axes, size = replica_axes(instruction.attributes, mesh_shape)
             if size > 1:
                 found[kind, axes].append((times, program.collective_bytes(instruction), size))
+        if between := between_slices(instruction):
+            kind, size = between
+            found[kind, BETWEEN_SLICES].append((times, program.arrays_of(instruction)[0].bytes, size))
         if not in_fusion:
             hbm += times * program.hbm_bytes(instruction)
     collectives = tuple(
@@ -380,6 +386,16 @@ def replica_axes(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, i
     # Permutations are pairs; the ring that they make up is the axis.
     is_pair = "source_target_pairs" in attributes
     return "+".join(axes), math.prod(mesh_shape[axis] for axis in axes) if is_pair else len(members)
+
+
+def between_slices(instruction: Instruction) -> tuple[str, int] | None:
+    """(kind, number of slices) of what is sent to the host for other slices; None for any other instruction."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    if instruction.opcode != "send" or not kind:
+        return None
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.attributes)
+    ends = [[int(n) for n in part.split(":")] for part in target[1].split(",")]  # "1,2", or "1:4" for a range
+    return kind[1].lower().replace("_", "-"), sum(end[-1] - end[0] + 1 for end in ends)
 
 
 def _first_group(attributes: str, devices: int) -> np.ndarray:

@@ -1,15 +1,18 @@
-"""The plans of docs/scaling.md, and the table of them: `python -m launch.plans`.
+"""The plans of docs/scaling.md, and the tables of them: `python -m launch.plans`.
 
-    python -m launch.plans                  compile what is not yet planned (see PLANS), then write the table
-    python -m launch.plans --only=gss_7b    those whose name begins so
-    python -m launch.plans --table_only     from the plans that are there
+    python -m launch.plans                          compile what is not yet planned (see PLANS), then write the tables
+    python -m launch.plans --only=gss_7b            those whose name begins so
+    python -m launch.plans --weak_scaling=gss_7b    this model at 8,192 tokens a chip, over ever more chips
+    python -m launch.plans --table_only             from the plans that are there
 
-Each plan is a process of its own and a JSON file in docs/plans: an interrupted run goes on where it was. The table holds what was
+Each plan is a process of its own and a JSON file in docs/plans: an interrupted run goes on where it was. The tables hold what was
 compiled and nothing else; a file whose configuration has changed since is not of this table and is removed by hand.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -19,18 +22,44 @@ from t5x_ssm import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "plans"
+WEAK_FOLDER = FOLDER / "weak_scaling"
 DOCUMENT = ROOT / "docs" / "scaling.md"
-BEGIN, END = "<!-- plans: written by launch.plans -->\n", "<!-- end of plans -->\n"
 
-# A file of gin/models and the topology that it is planned for; the largest that matter come first.
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What to compile: a file of gin/models, for which slices, and bindings of macros beside it."""
+
+    name: str
+    topology: str
+    slices: int = 1
+    bindings: tuple[str, ...] = ()
+
+
+# The largest that matter come first.
 POD = "v5p:4x4x8"
 PLANS = [
-    *((name, POD) for name in ("gss_7b", "transformer_7b", "gss_hybrid_7b", "spade_lm_7b", "h3_2_7b", "h3_7b")),
-    *((f"{system}_{size}", POD) for size in ("13b", "30b") for system in ("gss", "gss_hybrid")),
-    ("spade_lm_13b", POD),
-    *((f"{system}_{size}", POD) for size in ("1_3b", "2_7b") for system in ("gss", "gss_hybrid")),
-    *((name, POD) for name in ("spade_lm_1_3b", "h3_1_3b", "transformer_1_3b")),
+    *(Question(name, POD) for name in ("gss_7b", "transformer_7b", "gss_hybrid_7b", "spade_lm_7b", "h3_2_7b", "h3_7b")),
+    *(Question(f"{system}_{size}", POD) for size in ("13b", "30b") for system in ("gss", "gss_hybrid")),
+    *(Question(name, POD) for name in ("spade_lm_13b", "spade_3b", "spade_11b", "spade_base", "spade_large")),
+    *(Question(f"{system}_{size}", POD) for size in ("1_3b", "2_7b") for system in ("gss", "gss_hybrid")),
+    *(Question(name, POD) for name in ("spade_lm_1_3b", "h3_1_3b", "transformer_1_3b")),
+    Question("gss_hybrid_1_3b_1m", "v5p:4x4x4"),
 ]
+
+WEAK_TOPOLOGIES = ("4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+WEAK_ROWS = 2  # of 4,096 tokens on each chip
+
+
+def weak_scaling(name: str) -> list[Question]:
+    """The same work on every chip of ever larger slices, and of two and four."""
+    shapes = [*((shape, 1) for shape in WEAK_TOPOLOGIES), ("4x4x4", 2), ("4x4x4", 4)]
+    questions = []
+    for shape, slices in shapes:
+        devices = slices * math.prod(map(int, shape.split("x")))
+        bindings = (f"BATCH_SIZE={WEAK_ROWS * devices}", f"mesh.MeshConfig.data={slices}")
+        questions.append(Question(name, f"v5p:{shape}", slices, bindings))
+    return questions
 
 
 def table(plans: Sequence[dict]) -> str:
@@ -41,48 +70,88 @@ def table(plans: Sequence[dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     rows = []
-    for plan in plans:
+    for plan in sorted(
+        plans, key=lambda plan: (plan["name"].rstrip("0123456789_bm"), plan["parameters"], plan["topology"])
+    ):
         predicted, size = plan["predicted"], plan["bytes"]
         seconds, used = predicted["seconds"], predicted["utilisation"]
-        sent = sum(c["bytes"] for c in plan["collectives"])
-        slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
         rows.append(
-            f"| {plan['name']} | {plan['parameters'] / 1e9:.2f}B | {slices}{plan['topology']} | {plan['batch']} x "
+            f"| {plan['name']} | {plan['parameters'] / 1e9:.2f}B | {_slices(plan)} | {plan['batch']} x "
             f"{plan['length']} | {size['used'] / 2**30:.1f} of {size['hbm'] / 2**30:.0f} GiB | {plan['hbm_free']:.0%} "
             f"| {plan['flops']['program'] / 1e12:.0f} | {plan['flops']['program_times_passes'] / 1e12:.0f} "
-            f"| {sent / 1e9:.0f} GB | {predicted['bound_by']} | {seconds['overlapped']:.1f} to {seconds['in_turn']:.1f} s "
-            f"| {used['in_turn']:.0%} to {used['overlapped']:.0%} | {plan['compile_seconds']:.0f} s |\n"
+            f"| {_sent(plan) / 1e9:.0f} GB | {predicted['bound_by']} | {seconds['overlapped']:.1f} to {seconds['in_turn']:.1f} s "
+            f"| {used['in_turn']:.0%} to {used['overlapped']:.0%} | {_compiled_in(plan)} |\n"
         )
     return head + "".join(rows)
 
 
-def write_table() -> None:
-    """Puts the table of all plans in docs/plans into docs/scaling.md."""
-    plans = [json.loads(path.read_text()) for path in FOLDER.glob("*.json")]
-    plans.sort(key=lambda plan: (plan["name"].rstrip("0123456789_b"), plan["parameters"], plan["topology"]))
-    text = DOCUMENT.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    DOCUMENT.write_text(before + BEGIN + "\n" + table(plans) + "\n" + END + after)
+def weak_table(plans: Sequence[dict]) -> str:
+    """Plans of weak scaling as Markdown, by model and number of chips."""
+    head = (
+        "| model | devices | chips | tokens a chip | TFLOP a chip | collectives a chip | of them all-reduce "
+        "| HBM used | compiled in |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
+    )
+    rows = [
+        f"| {plan['name']} | {_slices(plan)} | {plan['devices']} | {plan['batch'] * plan['length'] // plan['devices']} "
+        f"| {plan['flops']['program'] / 1e12:.1f} | {_sent(plan) / 1e9:.2f} GB | {_sent(plan, 'all-reduce') / 1e9:.2f} GB "
+        f"| {plan['bytes']['used'] / 2**30:.1f} GiB | {_compiled_in(plan)} |\n"
+        for plan in sorted(plans, key=lambda plan: (plan["name"], plan["devices"], plan["slices"]))
+    ]
+    return head + "".join(rows)
+
+
+def _slices(plan: dict) -> str:
+    return f"{plan['slices']} x {plan['topology']}" if plan["slices"] > 1 else plan["topology"]
+
+
+def _sent(plan: dict, kind: str | None = None) -> float:
+    """Bytes of one device's collectives in a step."""
+    return sum(c["bytes"] for c in plan["collectives"] if kind in (None, c["kind"]))
+
+
+def _compiled_in(plan: dict) -> str:
+    return f"{plan['compile_seconds']:.0f} s"
+
+
+# What is written into the document: the name of a pair of comments, the plans, and how they become text.
+TABLES = (("plans", FOLDER, table), ("weak scaling", WEAK_FOLDER, weak_table))
+
+
+def write_tables(document: pathlib.Path = DOCUMENT) -> None:
+    """Puts the tables of all plans that are there between their comments in docs/scaling.md."""
+    text = document.read_text()
+    for name, folder, make in TABLES:
+        plans = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        begin, end = f"<!-- {name}: written by launch.plans -->\n", f"<!-- end of {name} -->\n"
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = before + begin + "\n" + make(plans) + "\n" + end + after
+    document.write_text(text)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Makes the missing plans and writes the table; the status is 1 when some do not fit."""
+    """Makes the missing plans and writes the tables; the status is 1 when some do not fit."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.plans", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", metavar="PREFIX", help="plan only models whose name begins so")
+    parser.add_argument("--weak_scaling", metavar="MODEL", help="plan this model at a fixed number of tokens a chip")
     parser.add_argument("--table_only", action="store_true", help="compile nothing")
     options = parser.parse_args(argv)
+    questions, folder = PLANS, FOLDER
+    if options.weak_scaling:
+        questions, folder = weak_scaling(options.weak_scaling), WEAK_FOLDER
     failed = []
-    for name, topology in PLANS:
-        if options.table_only or not name.startswith(options.only):
+    for question in questions:
+        if options.table_only or not question.name.startswith(options.only):
             continue
-        arguments = [f"--gin_file=models/{name}.gin", f"--topology={topology}", f"--output_dir={FOLDER}"]
-        done = subprocess.run([sys.executable, "-m", "launch.compile", *arguments], cwd=ROOT)
-        if done.returncode:
-            failed.append(name)
-        write_table()
-    write_table()
+        command = [sys.executable, "-m", "launch.compile", f"--gin_file=models/{question.name}.gin"]
+        command += [f"--topology={question.topology}", f"--slices={question.slices}", f"--output_dir={folder}"]
+        command += [f"--gin.{binding}" for binding in question.bindings]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            failed.append(f"{question.name} on {question.slices} x {question.topology}")
+        write_tables()
+    write_tables()
     if failed:
         print(f"without a plan: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,7 +1,7 @@
 """From what a program computes, moves and sends to how long a chip needs at least: a prediction, not a measurement.
 
-Two step times are given. `overlapped` is the longest of computing, memory and interconnect, as if each hid behind the others;
-`in_turn` is their sum, as if nothing did. What runs lies between them, or above where kernels fall short of the peaks.
+Two step times are given. `overlapped` is the longest of computing, memory, interconnect and network, as if each hid behind the
+others; `in_turn` is their sum, as if nothing did. What runs lies between them, or above where kernels fall short of the peaks.
 """
 
 import math
@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from launch.chips import Chip
-from launch.hlo import Costs
+from launch.hlo import BETWEEN_SLICES, Costs
+from t5x_ssm.errors import UserError
 from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.spade import Spade
 from t5x_ssm.models import pattern as pattern_language
@@ -25,17 +26,23 @@ TIMES_SENT = {"all-reduce": 2}
 def step_seconds(costs: Costs, chip: Chip) -> dict[str, float]:
     """Seconds of one step by what bounds it, `overlapped`, and `in_turn`.
 
-    Collectives count as rings that use all links of a chip; those between slices count as if they had the same links.
+    Collectives count as rings that use all links of a chip, and between slices its whole share of the network.
+
+    Raises:
+      UserError: several slices of a chip whose share of the network is not known.
     """
-    sent = sum(
-        TIMES_SENT.get(c.kind, 1) * c.bytes * (c.group_size - 1) / c.group_size
-        for c in costs.collectives
-        if c.group_size
-    )
+    sent = {True: 0.0, False: 0.0}
+    for c in costs.collectives:
+        if c.group_size:
+            ring = (c.group_size - 1) / c.group_size
+            sent[c.axes == BETWEEN_SLICES] += TIMES_SENT.get(c.kind, 1) * c.bytes * ring
+    if sent[True] and chip.network_bandwidth is None:
+        raise UserError("--slices: how fast slices of these chips are joined is not published; plan one slice.")
     parts = {
         "compute": costs.passes_flops / chip.flops,
         "hbm": costs.hbm_bytes / chip.hbm_bandwidth,
-        "interconnect": sent / chip.ici_bandwidth,
+        "interconnect": sent[False] / chip.ici_bandwidth,
+        "network": sent[True] / chip.network_bandwidth if sent[True] else 0.0,
     }
     return {**parts, "overlapped": max(parts.values()), "in_turn": sum(parts.values())}
 

@@ -70,6 +70,33 @@ def test_a_small_model_is_planned_and_the_plan_is_kept(tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.aot
+def test_between_slices_go_the_gradients_and_nothing_else(tmp_path):
+    for slices in (2, 4):
+        flags = (f"--slices={slices}", f"--gin.mesh.MeshConfig.data={slices}", "--gin.BATCH_SIZE=16")
+        done = compile_plan(tmp_path, "--topology=v5e:2x4", *flags)
+        assert done.returncode == 0, done.stderr
+        (path,) = tmp_path.glob(f"tiny_v5e_2x4_x{slices}_*.json")
+        plan = json.loads(path.read_text())
+        assert plan["devices"] == 8 * slices and not any("data" in c["axes"].split("+") for c in plan["collectives"])
+        (between,) = [c for c in plan["collectives"] if c["axes"] == "slices"]
+        assert between["kind"] == "all-reduce" and between["group_size"] == slices
+        # A gradient for each parameter of a device's eighth, in bfloat16 or float32, and a few numbers.
+        assert 2 * plan["parameters"] / 8 <= between["bytes"] <= 1.1 * 4 * plan["parameters"] / 8
+
+
+@needs_libtpu
+@pytest.mark.aot
+def test_search_reports_the_best_of_what_it_compiles(tmp_path):
+    done = compile_plan(tmp_path, "--topology=v5e:2x4", "--search", "--gin.VOCAB_SIZE=1048576")
+    assert done.returncode == 0, done.stderr
+    rates = [int(rate.replace(",", "")) for rate in re.findall(r"free, ([\d,]+) tokens/s if nothing", done.stdout)]
+    best = re.search(r"in turn: .* ([\d,]+) tokens/s", done.stdout)[1]
+    assert int(best.replace(",", "")) == max(rates)
+    assert len(rates) == len(list(tmp_path.glob("*.json")))
+
+
+@needs_libtpu
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_the_largest_arrays(tmp_path):
     done = compile_plan(tmp_path, "--topology=v5e:2x4", "--gin.BATCH_SIZE=8192", "--gin.VOCAB_SIZE=262144")
@@ -123,18 +150,26 @@ def test_the_table_of_chips_agrees_with_pods_as_published():
     # All-reduce bandwidth of a pod: 51.2 and 102.4 TB/s, that is each chip's one-directional bandwidth.
     assert chips.CHIPS["v5e"].ici_bandwidth * 256 == pytest.approx(51.2e12)
     assert chips.CHIPS["v6e"].ici_bandwidth * 256 == pytest.approx(102.4e12)
+    # Between slices: hosts of 8 v6e have four ports of 200 Gbit/s, and those of 8 v5e two of 100.
+    assert chips.CHIPS["v6e"].network_bandwidth * 8 == pytest.approx(4 * 200e9 / 8)
+    assert chips.CHIPS["v5e"].network_bandwidth * 8 == pytest.approx(2 * 100e9 / 8)
 
 
 def test_the_roofline_of_known_costs():
-    chip = chips.Chip(flops=1e12, hbm_bytes=1, hbm_bandwidth=1e9, ici_bandwidth=1e8, dimensions=2)
+    chip = chips.Chip(
+        flops=1e12, hbm_bytes=1, hbm_bandwidth=1e9, ici_bandwidth=1e8, network_bandwidth=1e7, dimensions=2
+    )
     collectives = (
         Collective("all-reduce", "fsdp", 1, bytes=4 * 10**8, largest=1, group_size=4),  # 2 x 3/4 of 4 s
         Collective("all-gather", "model", 1, bytes=10**8, largest=1, group_size=2),  # 1/2 of 1 s
+        Collective("all-reduce", "slices", 1, bytes=2 * 10**7, largest=1, group_size=2),  # 2 x 1/2 of 2 s
     )
     seconds = roofline.step_seconds(Costs(1e12, 3e12, 5e9, collectives, ()), chip)
     assert seconds == pytest.approx(
-        {"compute": 3.0, "hbm": 5.0, "interconnect": 6.5, "overlapped": 6.5, "in_turn": 14.5}
+        {"compute": 3.0, "hbm": 5.0, "interconnect": 6.5, "network": 2.0, "overlapped": 6.5, "in_turn": 16.5}
     )
+    with pytest.raises(UserError, match="--slices"):
+        roofline.step_seconds(Costs(1e12, 3e12, 5e9, collectives, ()), chips.CHIPS["v4"])
 
 
 def planned(name):

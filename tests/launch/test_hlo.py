@@ -165,3 +165,22 @@ def test_memory_traffic_takes_slices_for_what_they_take_and_skips_the_chips_own_
     row = 100 * 4
     slice_, add, update, negate = 2 * row, 2 * row, row, 10 * row + 4
     assert hlo.costs(wrapped(body, "", computations), {"data": 1}).hbm_bytes == slice_ + add + update + negate
+
+
+def test_what_is_handed_to_the_network_counts_once_and_as_often_as_it_is_sent():
+    # Of the pair of send and receive that the TPU's compiler makes of a sum over slices; the other sends to a neighbour chip.
+    attributes = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_megascale_target="{1,2,3:4}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    body = f"""
+  %p = bf16[8,128]{{1,0}} parameter(0)
+  %t = token[] after-all()
+  %s = (bf16[8,128]{{1,0}}, u32[], token[]) send(%p, %t), channel_id=1, {attributes}
+  %r = (bf16[8,128]{{1,0}}, u32[], token[]) recv(%t), channel_id=2, {attributes}
+  %n = (bf16[8,128]{{1,0}}, u32[], token[]) send(%p, %t), channel_id=3
+  ROOT %zero = f32[] constant(0)"""
+    (found,) = hlo.costs(wrapped(body, "p: bf16[8,128]"), MESH).collectives
+    assert found == hlo.Collective(
+        "all-reduce", "slices", count=1, bytes=2 * 8 * 128, largest=2 * 8 * 128, group_size=4
+    )
