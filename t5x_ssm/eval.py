@@ -2,10 +2,11 @@
 
     python -m t5x_ssm.eval --model_dir=RUN_FOLDER [--lengths=512,1024] [--across_documents=1024] [--output_dir=FOLDER]
     python -m t5x_ssm.eval --gin_file=models/gss_192m.gin --gin_file=runs/eval.gin --gin.CHECKPOINT_PATH=… …
+    python -m t5x_ssm.eval --model_dir=RUN_FOLDER --gin.EVAL_SPLIT=test      (a classifier)
 
 With --model_dir the run's own configuration and newest checkpoint are taken (--gin.CHECKPOINT_PATH=… takes another). Prints
 nats per token, perplexity and bits per byte of every task, and writes them to `eval_results.json`, with the loss by the number
-of tokens before it.
+of tokens before it. Of a classifier these are loss and accuracy.
 
 Windows run over the ends of documents. As in training, the state is zero where a document begins; with --across_documents it is
 carried on, so that a window of length L is L tokens of context however short its documents are.
@@ -34,8 +35,10 @@ from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.parallel import rules
 from t5x_ssm.train import batch_shapes, use_compilation_cache
 from t5x_ssm.training import restoring, run_folder
+from t5x_ssm.training.evaluation import sum_over_batches
 from t5x_ssm.training.metrics import summarise_sums
-from t5x_ssm.training.sharded_state import abstract_parameters
+from t5x_ssm.training.sharded_state import abstract_mutables, abstract_parameters
+from t5x_ssm.training.train_step import make_eval_step
 from t5x_ssm.training.trainer import check_batch
 
 # Points of a curve over positions, evenly spaced on a logarithmic axis.
@@ -56,7 +59,8 @@ def evaluate(
 
     Args:
       model: the objective, see `models.objectives`.
-      dataset_cfg: the split; its batch size counts tokens: at twice its length, batches have half as many rows.
+      dataset_cfg: the split; its batch size counts tokens: at twice its length, batches have half as many rows. A classifier
+        has one length.
       checkpoint_path: a checkpoint or a run folder.
       output_dir: where the results go.
       lengths: lengths of windows; that of `dataset_cfg` when None.
@@ -70,6 +74,14 @@ def evaluate(
     folder = run_folder.local("EVAL_OUTPUT_DIR", output_dir)
     device_mesh = mesh_lib.make_mesh(mesh)
     feed_lib.check_config(dataset_cfg, jax.process_count())
+    if dataset_cfg.objective == feed_lib.CLASSIFICATION:
+        if lengths or across_documents:
+            raise UserError(
+                "A classifier has the length of TASK_FEATURE_LENGTHS; leave out --lengths and --across_documents."
+            )
+        path, results = _classes(model, dataset_cfg, checkpoint_path, device_mesh)
+        _write(folder, path, dataset_cfg.split, {"tasks": results})
+        return 0
     if dataset_cfg.objective != "language_model":
         raise UserError(
             f"DatasetConfig.objective = {dataset_cfg.objective!r}; this evaluation is of decoders. Training evaluates "
@@ -113,14 +125,46 @@ def evaluate(
                 results[task] = _summary(sums, feed.num_bytes(), feed.num_words)
                 if jax.process_index() == 0:
                     print(_line(task, length, results[task], kind), flush=True)
+    _write(folder, restored.path, dataset_cfg.split, tables)
+    return 0
+
+
+def _classes(
+    model: Any, cfg: feed_lib.DatasetConfig, checkpoint_path: str, mesh: jax.sharding.Mesh
+) -> tuple[pathlib.Path, dict[str, dict[str, float]]]:
+    """The checkpoint, and the figures of every task of a classifier."""
+    shapes = batch_shapes(cfg)
+    check_batch(shapes, mesh, 1)
+    feeds = feed_lib.open_evaluation(cfg, process_index=jax.process_index(), process_count=jax.process_count())
+    step = jax.jit(make_eval_step(model))
+    results = {}
+    with jax.set_mesh(mesh):
+        restored = restoring.restore_parameters(checkpoint_path, abstract_parameters(model, shapes, mesh))
+        flax_mutables = restoring.restore_mutables(restored.path, abstract_mutables(model, shapes, mesh))
+        expected = (restored.metadata or {}).get("vocabulary", {}).get("hash")
+        for task, feed in feeds.items():
+            feed_lib.check_vocabulary(feed.vocabulary, embedding_size=model.network.vocab_size, expected_hash=expected)
+            feed_lib.check_classes(feed.vocabulary, model.network.num_classes)
+            batches = (_to_device(batch, mesh) for batch in feed)
+            sums = sum_over_batches(step, restored.params, batches, flax_mutables)
+            results[task] = {**summarise_sums(sums), "examples": int(sums["weights"])}
+            if jax.process_index() == 0:
+                line = results[task]
+                print(
+                    f"{task:28} loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}  {line['examples']:,} examples"
+                )
+    return restored.path, results
+
+
+def _write(folder: pathlib.Path, checkpoint: Any, split: str, tables: dict[str, Any]) -> None:
+    """Writes `eval_results.json`, once for all processes."""
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "eval_results.json"
-        step = restored.path.name.rpartition("_")[2]
-        contents = {"checkpoint": str(restored.path), "step": step, "split": dataset_cfg.split, **tables}
+        step = checkpoint.name.rpartition("_")[2]
+        contents = {"checkpoint": str(checkpoint), "step": step, "split": split, **tables}
         path.write_text(json.dumps(contents, indent=1) + "\n")
         print(f"written: {path}")
-    return 0
 
 
 def _sums_by_position(model: Any, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -76,6 +76,29 @@ def restore_parameters(
     return RestoredParameters(params, path, None if manifest is None else manifest["metadata"])
 
 
+def restore_mutables(path: epath.Path, abstract_mutables: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a network's state beside its parameters (`TrainState.flax_mutables`). All processes call it.
+
+    Args:
+      path: the checkpoint, as `restore_parameters` found it.
+      abstract_mutables: nested dict of `jax.ShapeDtypeStruct`s with shardings; where it is empty nothing is read.
+
+    Raises:
+      CheckpointMismatch, CheckpointDamaged, CheckpointError: as `restore_parameters`.
+    """
+    if not abstract_mutables:
+        return {}
+    wanted = verified_arrays.expected_leaves({"flax_mutables": abstract_mutables})
+
+    def plan() -> dict[str, Any] | None:
+        manifest, arrays = _contents(path)
+        stored_tree.compare(path, {n: leaf for n, leaf in arrays.items() if n.startswith("flax_mutables/")}, wanted)
+        return manifest
+
+    leaves = verified_arrays.read_verified(path, consensus.succeed_together(plan), wanted)
+    return stored_tree.fill({"flax_mutables": abstract_mutables}, leaves)["flax_mutables"]
+
+
 def restore_state(restore: RestoreCheckpointConfig, abstract_tree: Mapping[str, Any]) -> RestoredState:
     """Reads parameters, optimizer state and step from a checkpoint of this engine or of T5X. All processes call it.
 

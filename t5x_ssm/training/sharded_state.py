@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_ssm.parallel import rules
 from t5x_ssm.training.optimizers import Optimizer
@@ -37,6 +37,13 @@ def abstract_parameters(objective: Any, batch_shapes: dict[str, Any], mesh: Mesh
     variables = _abstract_variables(objective, batch_shapes)
     params = variables["params"]
     return _placed(params, rules.parameter_shardings(params, variables["params_axes"], mesh))
+
+
+def abstract_mutables(objective: Any, batch_shapes: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The same of the network's state beside its parameters, which every device holds whole; empty for most networks."""
+    _, flax_mutables = split_variables(_abstract_variables(objective, batch_shapes))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return _placed(flax_mutables, jax.tree.map(lambda _: replicated, flax_mutables))
 
 
 def _abstract_variables(objective: Any, batch_shapes: dict[str, Any]) -> dict[str, Any]:
