@@ -131,7 +131,11 @@ class Embed(nn.Module):
 
     def __call__(self, tokens_BL: Array) -> Array:
         """Embeds int tokens [B, L] into [B, L, features]."""
-        return jnp.take(self.embedding.astype(self.dtype), tokens_BL, axis=0)
+        # Whole rows, gathered to where the tokens are. Looked up in a table whose width is split, the tokens of the whole batch
+        # would visit every device, and the gradient would sort and scatter all of them there.
+        table = constrain(self.embedding.astype(self.dtype), ("vocab", None))
+        # T5X's eval initializes networks with tokens of its batches' default type, float32.
+        return jnp.take(table, tokens_BL.astype(jnp.int32), axis=0)
 
     def attend(self, x: Array) -> Array:
         """Logits of x [..., features] against the table: float32 [..., vocabulary]."""

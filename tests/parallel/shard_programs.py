@@ -7,11 +7,13 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_ssm.parallel import rules
 from t5x_ssm.parallel.mesh import MeshConfig, make_mesh
 from t5x_ssm.parallel.shard import constrain, current_mesh, shard
 
@@ -100,6 +102,25 @@ def check_state_spaces_communicate_nothing():
         text = compiled.as_text()
         for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
             assert collective not in text, collective
+
+
+def check_an_embedding_moves_its_table_and_no_tokens():
+    from t5x_ssm.layers.basic import Embed
+
+    layer, tokens = Embed(64, 16), np.random.default_rng(0).integers(0, 64, (8, 12))
+    table = np.random.default_rng(1).normal(size=(64, 16)).astype(np.float32)
+    weights = np.random.default_rng(2).normal(size=(8, 12, 16)).astype(np.float32)
+    expected = np.zeros_like(table)
+    np.add.at(expected, tokens, weights)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    gradient = jax.grad(lambda table, tokens: jnp.sum(layer.apply({"params": {"embedding": table}}, tokens) * weights))
+    with jax.set_mesh(mesh):
+        columns = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+        placed = jax.device_put(table, columns), jax.device_put(tokens, rules.batch_sharding(mesh))
+        compiled = jax.jit(gradient, out_shardings=columns).lower(*placed).compile()
+        np.testing.assert_allclose(compiled(*placed), expected, rtol=1e-5, atol=1e-5)
+    moved = re.findall(r"= (\S+?)(?:\{[\d,]*\})? (all-[\w-]+|collective-permute|reduce-scatter)\(", compiled.as_text())
+    assert moved and {shape for shape, _ in moved} <= {"f32[64,16]", "f32[64,4]"}, moved
 
 
 def check_one_name_has_one_size():
