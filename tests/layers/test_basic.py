@@ -87,3 +87,11 @@ def test_embedding_and_tied_logits():
     logits = layer.apply(variables, x, method="attend")
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, x @ table.T, rtol=0.05, atol=0.05)
+
+
+def test_tokens_may_come_as_floats():
+    # As T5X's eval initializes a network.
+    params = random_parameters(Embed(5, 3), jnp.ones((1, 2), jnp.int32))
+    tokens = np.array([[0, 4, 2]])
+    expected = Embed(5, 3).apply({"params": params}, tokens)
+    np.testing.assert_array_equal(Embed(5, 3).apply({"params": params}, tokens.astype(np.float32)), expected)

@@ -116,7 +116,7 @@ def test_infer_and_eval_of_a_native_checkpoint(name, tmp_path):
     assert len(set(expected)) > 1 and max(map(len, expected)) > 3
 
     output = run("infer", case, tmp_path / "run/checkpoint_0", tmp_path)
-    (written,) = output.glob("*predict.jsonl*")
+    (written,) = output.glob("*predict.jsonl-00000-of-00001")
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     assert [row["prediction"] for row in rows] == expected
 

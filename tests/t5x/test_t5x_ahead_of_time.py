@@ -1,0 +1,90 @@
+"""T5X's own train step with these modules compiles for TPU slices that are not there."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("t5x.models", reason="T5X cannot be imported; docs/t5x.md says how to get it")
+pytest.importorskip("libtpu", reason="the TPU compiler is not installed (the extra aot)")
+
+import seqio
+from t5x import models, trainer, utils
+
+from launch.chips import topology_devices
+from t5x_ssm.integrations.t5x.optimizer_definition import OptimizerDefinition, learning_rate_fn
+from t5x_ssm.integrations.t5x.partitioner import Partitioner
+from t5x_ssm.layers.attention import Attention
+from t5x_ssm.layers.basic import MLP
+from t5x_ssm.layers.gss import GSS
+from t5x_ssm.layers.s4 import S4StateSpace
+from t5x_ssm.layers.spade import Spade
+from t5x_ssm.models.decoder import Decoder
+from t5x_ssm.parallel.mesh import MeshConfig
+from t5x_ssm.training import optimizers, schedules
+
+pytestmark = [pytest.mark.t5x, pytest.mark.aot]
+
+BATCH, LENGTH, WIDTH, VOCAB = 256, 1024, 512, 32000
+heads = functools.partial(Attention, num_heads=8)
+sliding = functools.partial(heads, span="sliding", window=128)
+NETWORKS = {
+    "gss chunk": {
+        "gss": functools.partial(GSS, state_size=256),
+        "chunk": functools.partial(heads, span="chunk", window=256),
+    },
+    "spade swa": {
+        "spade": functools.partial(Spade, state_space=S4StateSpace, attention=sliding),
+        "swa": sliding,
+    },
+}
+
+
+@pytest.mark.parametrize("pattern", NETWORKS)
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [("v5e:4x4", MeshConfig(data=1, fsdp=-1, model=2)), ("v5p:4x4x4", MeshConfig(data=2, fsdp=-1, model=2))],
+    ids=["v5e:4x4", "v5p:4x4x4"],
+)
+def test_train_step_compiles(topology, mesh, pattern):
+    network = Decoder(
+        VOCAB, WIDTH, pattern, 4, NETWORKS[pattern], mlp=functools.partial(MLP, hidden=4 * WIDTH), dtype="bfloat16"
+    )
+    optimizer = optimizers.adamw(schedules.warmup_cosine(peak=1e-3, warmup_steps=10, total_steps=100))
+    model = models.DecoderOnlyModel(
+        module=network,
+        vocabulary=seqio.ByteVocabulary(),
+        optimizer_def=OptimizerDefinition(optimizer),
+        loss_normalizing_factor="NUM_REAL_TARGET_TOKENS",
+    )
+    devices = topology_devices(topology)
+    partitioner = Partitioner(mesh, devices)
+    names = ("input_tokens", "target_tokens", "segment_ids", "positions", "loss_weights")
+    batch = {f"decoder_{name}": jax.ShapeDtypeStruct((BATCH, LENGTH), np.int32) for name in names}
+    initializer = utils.TrainStateInitializer(
+        optimizer_def=model.optimizer_def,
+        init_fn=model.get_initial_variables,
+        input_shapes={name: array.shape for name, array in batch.items()},
+        input_types={name: array.dtype for name, array in batch.items()},
+        partitioner=partitioner,
+    )
+    state = initializer.global_train_state_shape
+    step = trainer.Trainer(
+        model=model,
+        train_state=state,
+        partitioner=partitioner,
+        train_state_axes=initializer.train_state_axes,
+        eval_names=[],
+        summary_dir=None,
+        rng=jax.random.PRNGKey(0),
+        learning_rate_fn=learning_rate_fn(optimizer),
+        num_microbatches=None,
+    )._partitioned_train_step
+    program = step.lower(state, batch).compile()
+
+    memory = program.memory_analysis()
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.param_states)))
+    # Each device holds its share of parameters and moments, and little more: what no mesh axis divides.
+    assert memory.argument_size_in_bytes < 1.2 * whole / (len(devices) / partitioner.mesh.shape["data"])
+    assert "all-reduce" in program.as_text() or "reduce-scatter" in program.as_text()
