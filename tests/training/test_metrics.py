@@ -247,3 +247,15 @@ def test_tensorboard_events(tmp_path):
     again.close()
     log.close()
     log.close()
+
+
+def test_tokens_may_be_counted_apart_from_examples():
+    window = MetricWindow()
+    for correct in (3.0, 4.0):
+        sums = {"loss": 8.0, "correct": correct, "weights": 4.0, "tokens": 100.0, "skipped": 0.0}
+        window.add(sums, {"step": 0.5})
+    line = window.close()
+    assert line["loss"] == 2.0 and line["accuracy"] == 7 / 8
+    assert line["tokens"] == line["tokens_total"] == 200 and line["time/tokens_per_second"] == 200
+    assert not {"nats_per_token", "perplexity"} & line.keys()
+    assert summarise_sums({"correct": 3.0, "weights": 4.0, "tokens": 100.0}) == {"accuracy": 0.75}

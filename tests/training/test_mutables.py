@@ -1,6 +1,10 @@
 """Networks with state beside their parameters: running averages through steps, microbatches, evaluation and checkpoints."""
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -181,3 +185,49 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path):
     held_out = trainer.Evaluation("held out", lambda: [batch(9)])
     first, second = run.evaluate(again, held_out), run.evaluate(straight, held_out)
     assert first == second and first.keys() == {"loss", "accuracy"}
+
+
+SHARDED = """
+    import jax, numpy as np
+    import test_mutables as t
+    from t5x_ssm.parallel.mesh import MeshConfig, make_mesh
+    from t5x_ssm.training import optimizers, trainer
+
+    batches = [{name: np.concatenate([t.batch(2 * s)[name], t.batch(2 * s + 1)[name]]) for name in t.batch()} for s in range(2)]
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batches[0].items()}
+    results = []
+    for mesh in (
+        make_mesh(MeshConfig(data=1), devices=jax.devices()[:1]),
+        make_mesh(MeshConfig(data=1, fsdp=2, model=2)),
+    ):
+        # A large epsilon makes Adam's update smooth in the gradient.
+        run = trainer.Trainer(t.CLASSIFIER, optimizers.adamw(0.1, eps=1.0), mesh, shapes)
+        state = run.initial_state()
+        with jax.set_mesh(mesh):
+            for batch in batches:
+                state, metrics = run.train_step(state, run.to_device(batch))
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.flax_mutables))
+        results.append(jax.tree.map(np.asarray, (state.flax_mutables, {k: metrics[k] for k in ("loss", "grad_norm")})))
+    assert np.abs(results[0][0]["batch_stats"]["sequence_encoder"]["encoder"]["segment_0"]["block_0"]["mixer_norm"]["mean"]).max() > 1e-4
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_statistics_are_those_of_the_whole_batch_on_every_mesh():
+    folder = os.path.dirname(__file__)
+    paths = [folder, os.path.join(folder, ".."), os.path.join(folder, "..", "..")]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED)],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
+    )
+    assert done.stdout.strip() == "equal", done.stderr

@@ -54,3 +54,13 @@ def test_silence_on_other_processes():
     progress.message("saved")
     progress.close()
     assert stream.getvalue() == ""
+
+
+def test_a_classifier_shows_its_accuracy_and_the_speed_of_its_tokens():
+    stream = io.StringIO()
+    now = iter(range(1000))
+    progress = Progress(10, clock=lambda: next(now), stream=stream, line_seconds=1000)
+    for step in (1, 2, 3):
+        progress.update(step, {"correct": 3.0, "weights": 4.0, "tokens": 2000.0, "loss": 1.0, "skipped": 0.0})
+    progress.close()
+    assert stream.getvalue().splitlines()[-1] == "step 3/10  0.750 accuracy  2k tokens/s  0:07 left"
