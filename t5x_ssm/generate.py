@@ -24,6 +24,7 @@ from t5x_ssm import config as config_lib
 from t5x_ssm.errors import UserError
 from t5x_ssm.inference.decoding import Generator
 from t5x_ssm.inference.sampling import Sampling
+from t5x_ssm.models.objectives import Classification
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.train import use_compilation_cache
 from t5x_ssm.training import restoring
@@ -76,7 +77,13 @@ def open_writer(*, model: Any, checkpoint_path: str, mixture_or_task_name: str) 
 
 
 def restore_network(model: Any, checkpoint_path: str) -> restoring.RestoredParameters:
-    """Parameters of `model` from a checkpoint or a run folder, on one device."""
+    """Parameters of `model` from a checkpoint or a run folder, on one device.
+
+    Raises:
+      UserError: it is a classifier.
+    """
+    if isinstance(model, Classification):
+        raise UserError("MODEL is a classifier, which writes no text; python -m t5x_ssm.eval tells its accuracy.")
     use_compilation_cache()
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
     shapes = {"decoder_input_tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32)}

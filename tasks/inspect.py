@@ -60,6 +60,8 @@ def report(path: pathlib.Path, split: str, *, length: int, examples: int, charac
             )
         for number, tokens in zip(range(examples), documents(directory, manifest), strict=False):
             text = vocabulary.decode([int(token) for token in tokens[: 4 * characters]])
+            if not isinstance(text, str):  # Symbols, pixels and samples of labelled tasks.
+                text = " ".join(map(str, text))
             shown = text[:characters] + (" …" if len(text) > characters or len(tokens) > 4 * characters else "")
             lines += [
                 f"  ┌── document {number}, {len(tokens):,} tokens",

@@ -8,6 +8,7 @@ from token_caches import write_labelled
 from training_command import run
 
 from t5x_ssm import eval as evaluation
+from t5x_ssm import generate
 from t5x_ssm.errors import UserError
 from t5x_ssm.training import manifest
 from t5x_ssm.training.metrics import history
@@ -84,6 +85,8 @@ def test_a_classifier_trains_goes_on_and_is_evaluated(tmp_path, environment, mon
     np.testing.assert_allclose(figures["validation"]["loss"], held_out[-1]["loss"], rtol=1e-5)
     with pytest.raises(UserError, match="--lengths"):
         evaluation.main([f"--model_dir={folder}", "--lengths=6"])
+    with pytest.raises(UserError, match="classifier, which writes no text"):
+        generate.main([f"--model_dir={folder}", "--prompt=a"])
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from t5x_ssm.data import feed
 from t5x_ssm.errors import DataError
-from tasks import cache, vocabularies
+from tasks import cache, inspect, vocabularies
 from tasks.long_range_arena import generated, listops
 
 pytestmark = pytest.mark.slow
@@ -36,6 +36,10 @@ def test_generated_examples_are_cached(tmp_path, monkeypatch):
         assert label == example["targets"][0] == listops.value(example["inputs"][:-1])
     counts = {m["split"]: m["documents"] for m, _ in cache.manifests(path)}
     assert counts == {"train": 6, "validation": 4, "test": 6}
+    ids = generated.example("lra_listops", "train", 0)["inputs"]
+    vocabulary = cache.registered("lra_listops").output_features["inputs"].vocabulary
+    shown = inspect.report(path, "train", length=2048, examples=1, characters=40, vocabulary=vocabulary)
+    assert " ".join(map(str, ids))[:40] in shown
     # Another limit is another data set.
     monkeypatch.delenv("T5X_SSM_LRA_LIMIT")
     assert cache.find("lra_listops", tmp_path) is None
