@@ -45,6 +45,7 @@ setuptools.setup(
     extras_require={
         "data": DATA,
         "aot": ["libtpu>=0.0.42,<0.1"],  # the TPU compiler, for launch.compile on any machine
+        "export": ["safetensors>=0.4.5,<1"],
         "plots": ["matplotlib>=3.9,<4"],
         # What T5X imports and the index has; T5X itself is not there, see docs/t5x.md.
         "t5x": [
@@ -62,6 +63,7 @@ setuptools.setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.8",
+            "safetensors>=0.4.5,<1",
         ],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     },

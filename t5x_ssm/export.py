@@ -1,0 +1,96 @@
+"""Takes a trained model out of its run folder, and back into one.
+
+    python -m t5x_ssm.export --model_dir=RUN_FOLDER --output_dir=MODEL [--dtype=bfloat16]
+    python -m t5x_ssm.export --input_dir=MODEL --output_dir=NEW_RUN_FOLDER
+
+The first writes safetensors and a config.json (see `integrations.exported_model`), parameters alone. The second makes a run
+folder of such a model: `--model_dir=NEW_RUN_FOLDER` evaluates, scores and generates with it, and
+`--gin.checkpoints.RestoreCheckpointConfig.path=NEW_RUN_FOLDER` starts a training run from it. RUN_FOLDER may be one of its
+checkpoints; it may be T5X's.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_ssm import config as config_lib
+from t5x_ssm.errors import UserError
+from t5x_ssm.integrations import exported_model, stored_parameters
+from t5x_ssm.training import run_folder
+
+DTYPES = ("float32", "bfloat16")
+
+
+def export_model(checkpoint_path: str, output_dir: str, dtype: str | None = None) -> None:
+    """Writes the parameters of a checkpoint as an exported model.
+
+    Args:
+      checkpoint_path: a checkpoint or a run folder.
+      output_dir: a new folder.
+      dtype: one of DTYPES, the type of floating-point parameters; None as they are stored.
+    """
+    found = stored_parameters.read(checkpoint_path)
+    arrays = found.arrays
+    if dtype is not None:
+        arrays = {
+            name: array.astype(jnp.dtype(dtype)) if jnp.issubdtype(array.dtype, jnp.floating) else array
+            for name, array in arrays.items()
+        }
+    gin_text = stored_parameters.configuration_beside(found.path)
+    description = {
+        "step": found.step,
+        "vocabulary": found.metadata.get("vocabulary"),
+        "network": None if gin_text is None else _network_settings(found.path.parent / "config.gin"),
+    }
+    folder = run_folder.local("--output_dir", output_dir)
+    exported_model.write(folder, arrays, description, gin_text)
+    print(f"{sum(a.size for a in arrays.values()):,} parameters of step {found.step:,}: {folder}")
+
+
+def import_model(input_dir: str, output_dir: str) -> None:
+    """Makes a run folder, with a checkpoint of parameters alone, of an exported model."""
+    arrays, description, gin_text = exported_model.read(pathlib.Path(input_dir))
+    metadata = {} if description["vocabulary"] is None else {"vocabulary": description["vocabulary"]}
+    # As training has them: projections are cast where they are used, and state spaces never are.
+    arrays = {
+        name: array.astype(np.float32) if array.dtype == jnp.bfloat16 else array for name, array in arrays.items()
+    }
+    path = stored_parameters.write(output_dir, arrays, description["step"], metadata, gin_text)
+    print(f"{description['num_parameters']:,} parameters of step {description['step']:,}: {path}")
+
+
+def _network_settings(gin_file: pathlib.Path) -> dict[str, str]:
+    """What a run's configuration says about its network: values as text by 'module.name.parameter'."""
+    config_lib.load([str(gin_file)])
+    settings = config_lib.description()
+    rooms = {path.stem for room in ("layers", "models") for path in (config_lib.PACKAGE / room).glob("*.py")}
+    return {
+        name: value
+        for name, value in sorted(settings.items())
+        if name.rpartition("/")[2].split(".")[0] in {*rooms, "initializers"} - {"objectives"}
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads the command line; exports or imports."""
+    parser = argparse.ArgumentParser(prog="python -m t5x_ssm.export", description=__doc__.split("\n")[0])
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--model_dir", help="a run folder or a checkpoint, to export")
+    given.add_argument("--input_dir", help="an exported model, to make a run folder of")
+    parser.add_argument("--output_dir", required=True, help="a new folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of exported parameters; as they are stored by default")
+    options = parser.parse_args(argv)
+    if options.model_dir:
+        export_model(options.model_dir, options.output_dir, options.dtype)
+        return 0
+    if options.dtype:
+        raise UserError("--dtype goes with --model_dir: a run folder has float32 parameters.")
+    import_model(options.input_dir, options.output_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    config_lib.run_main(main)
