@@ -43,7 +43,8 @@ class LabelledSource(seqio.DataSource):
           describe: what the examples depend on, for the token cache; see `tasks.cache_files.version`.
         """
         super().__init__(splits=tuple(splits))
-        self._name, self._shards, self._read, self._texts, self._describe = (name, shards, read, tuple(texts), describe)
+        self._name, self._texts = name, tuple(texts)
+        self._shards, self._read, self._describe = shards, read, describe
         self.failure: Exception | None = None
 
     def __repr__(self) -> str:
@@ -75,18 +76,20 @@ class LabelledSource(seqio.DataSource):
         shards, limit = list(self._shards(split)), _limit()
         if shard_info is not None and shard_info.num_shards > 1:
             shards = shards[shard_info.index :: shard_info.num_shards]
-        if limit is not None:
+        if shuffle and limit is None:
+            random = np.random.default_rng(None if seed is None else int(seed))
+            shards = [shards[i] for i in random.permutation(len(shards))]
+
+        def examples() -> Iterator[Example]:
+            iterators = (self._read(split, shard) for shard in shards)
+            if limit is None:
+                return itertools.chain.from_iterable(iterators)
             # In turn, because a shard may hold a single class.
-            examples = itertools.islice(_alternating(self._read(split, shard) for shard in shards), limit)
-        else:
-            if shuffle:
-                random = np.random.default_rng(None if seed is None else int(seed))
-                shards = [shards[i] for i in random.permutation(len(shards))]
-            examples = (example for shard in shards for example in self._read(split, shard))
+            return itertools.islice(_alternating(iterators), limit)
 
         def generate() -> Iterator[Example]:
             try:
-                for example in examples:
+                for example in examples():
                     yield {name: np.asarray(example[name], np.int32) for name in (*self._texts, FEATURE)}
             except Exception as error:
                 self.failure = error

@@ -47,6 +47,19 @@ def test_generated_examples_are_cached(tmp_path, monkeypatch):
     assert {m["split"]: m["documents"] for m, _ in cache.manifests(full)} == {"train": 9, "validation": 4, "test": 8}
 
 
+def test_a_live_pipeline_reads_every_example_in_every_epoch(monkeypatch):
+    import seqio
+
+    monkeypatch.setitem(generated.COUNTS, "lra_listops", (5, 1, 1))
+    monkeypatch.setattr(generated, "SHARD_SIZE", 2)
+    provider = cache.registered("lra_listops")
+    assert isinstance(provider, seqio.Task)
+    expected = [generated.example("lra_listops", "train", i)["inputs"] for i in range(5)]
+    epochs = provider.get_dataset(sequence_length=None, split="train", shuffle=True, seed=1, num_epochs=2)
+    found = [example["inputs"].tolist() for example in epochs.as_numpy_iterator()]
+    assert sorted(found) == sorted(2 * expected)
+
+
 def test_pairs_and_images_are_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("T5X_SSM_LRA_RETRIEVAL", str(tmp_path / "aan"))
     (tmp_path / "aan").mkdir()
