@@ -41,10 +41,12 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("pattern", NETWORKS)
 @pytest.mark.parametrize(
-    ("topology", "mesh"),
-    [("v5e:4x4", MeshConfig(data=1, fsdp=-1, model=2)), ("v5p:4x4x4", MeshConfig(data=2, fsdp=-1, model=2))],
+    ("topology", "mesh", "pattern"),
+    [
+        ("v5e:4x4", MeshConfig(data=1, fsdp=-1, model=2), "gss chunk"),
+        ("v5p:4x4x4", MeshConfig(data=2, fsdp=-1, model=2), "spade swa"),
+    ],
     ids=["v5e:4x4", "v5p:4x4x4"],
 )
 def test_train_step_compiles(topology, mesh, pattern):
