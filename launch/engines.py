@@ -4,6 +4,8 @@ import argparse
 import re
 
 MODULES = {"native": "t5x_ssm.train", "t5x": "t5x.train"}
+# Stands at the head of the scripts, for those who check them with shellcheck.
+LITERAL = "# shellcheck disable=SC2016  # Single quotes are meant: what is in them reaches each process as it is."
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -59,6 +59,7 @@ def script(options) -> str:
             "#!/usr/bin/env bash",
             *lines,
             "#SBATCH --requeue",
+            engines.LITERAL,
             "set -euo pipefail",
             'cd "$SLURM_SUBMIT_DIR"',
             'mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',

@@ -64,6 +64,7 @@ def script(options) -> str:
         *(["--spot"] if options.spot else []),
     )
     return f"""#!/usr/bin/env bash
+{engines.LITERAL}
 set -uo pipefail
 
 trap 'rm -f {ARCHIVE}' EXIT

