@@ -226,7 +226,9 @@ def test_statistics_are_those_of_the_whole_batch_on_every_mesh():
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            # Compiled in haste, as in `tiny.jit`.
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
+            "--xla_llvm_disable_expensive_passes=true",
             "PYTHONPATH": os.pathsep.join(paths),
         },
     )
