@@ -11,6 +11,7 @@ import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "t5x_ssm/__init__.py").read_text()).group(1)
+DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
 # What single formats of corpora and vocabularies need.
 DATA = ["pyarrow>=18", "tokenizers>=0.20,<1", "zstandard>=0.22,<1"]
 
@@ -46,6 +47,7 @@ setuptools.setup(
         "data": DATA,
         "aot": ["libtpu>=0.0.42,<0.1"],  # the TPU compiler, for launch.compile on any machine
         "export": ["safetensors>=0.4.5,<1"],
+        "docs": DOCS,
         "plots": ["matplotlib>=3.9,<4"],
         # What T5X imports and the index has; T5X itself is not there, see docs/t5x.md.
         "t5x": [
@@ -58,6 +60,7 @@ setuptools.setup(
         ],
         "test": [
             *DATA,
+            *DOCS,
             "hypothesis>=6.100,<7",
             "matplotlib>=3.9,<4",
             "pytest>=8,<10",
