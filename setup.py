@@ -46,6 +46,7 @@ setuptools.setup(
     extras_require={
         "data": DATA,
         "aot": ["libtpu>=0.0.42,<0.1"],  # the TPU compiler, for launch.compile on any machine
+        "eval": ["lm_eval>=0.4.9,<0.5"],
         "export": ["safetensors>=0.4.5,<1"],
         "docs": DOCS,
         "plots": ["matplotlib>=3.9,<4"],

@@ -30,6 +30,7 @@ from t5x_ssm.data.examples import Example, TaskExamples, open_examples
 from t5x_ssm.errors import UserError
 from t5x_ssm.generate import restore_network
 from t5x_ssm.inference.decoding import PAD, Generator
+from t5x_ssm.inference.ragged import batches, padded
 from t5x_ssm.inference.sampling import Sampling
 from t5x_ssm.inference.scoring import DocumentScorer
 from t5x_ssm.training import run_folder
@@ -129,8 +130,8 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """What the network writes after each example's inputs."""
     eos_id = task.description["eos_id"]
-    for first, batch in _batches(examples, batch_size):
-        tokens, lengths = _padded([example.inputs for example in batch], batch_size)
+    for first, batch in batches(examples, batch_size):
+        tokens, lengths = padded([example.inputs for example in batch], batch_size)
         capacity = -(-(tokens.shape[1] + max_new_tokens) // CAPACITY) * CAPACITY
         state = generator.read(generator.start(batch_size, capacity), tokens, lengths)
         seeds = seed + first + np.arange(batch_size)
@@ -145,8 +146,8 @@ def predict(
 
 def score(scorer: DocumentScorer, examples: Iterable[Example], batch_size: int) -> Iterator[dict[str, Any]]:
     """log p(targets | inputs) of each example."""
-    for _, batch in _batches(examples, batch_size):
-        tokens, lengths = _padded([np.concatenate([e.inputs, e.targets]) for e in batch], batch_size)
+    for _, batch in batches(examples, batch_size):
+        tokens, lengths = padded([np.concatenate([e.inputs, e.targets]) for e in batch], batch_size)
         prompts = np.zeros(batch_size, np.int64)
         prompts[: len(batch)] = [e.inputs.size for e in batch]
         result = scorer.score(tokens, lengths, prompts)
@@ -161,7 +162,7 @@ def score(scorer: DocumentScorer, examples: Iterable[Example], batch_size: int) 
 def write_lines(path: pathlib.Path, lines: Iterable[dict[str, Any]], name: str) -> None:
     """Writes one JSON object a line; the file has its name only when it is complete. Prints a summary."""
     partial = path.with_name(path.name + ".partial")
-    count, total, tokens = 0, 0.0, 0
+    count, total, tokens, greedy = 0, 0.0, 0, 0
     with partial.open("w", encoding="utf-8") as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -169,33 +170,14 @@ def write_lines(path: pathlib.Path, lines: Iterable[dict[str, Any]], name: str) 
             count += 1
             total += line.get("score", 0.0)
             tokens += line.get("tokens", 0)
+            greedy += line.get("greedy", False)
     partial.replace(path)
-    nats = f"  {-total / tokens:.4f} nats/token over {tokens:,} tokens" if tokens else ""
+    nats = f"  {-total / tokens:.4f} nats/token over {tokens:,} tokens, {greedy / count:.1%} greedy" if tokens else ""
     print(f"{name}: {count:,} examples{nats}  written: {path}", flush=True)
 
 
 def _line(example: Example) -> dict[str, Any]:
     return {"inputs": example.inputs_text, "targets": example.targets_text}
-
-
-def _batches(examples: Iterable[Example], size: int) -> Iterator[tuple[int, list[Example]]]:
-    """(index of the first, examples) of each batch; the last may be short."""
-    examples = iter(examples)
-    for first in itertools.count(step=size):
-        batch = list(itertools.islice(examples, size))
-        if not batch:
-            return
-        yield first, batch
-
-
-def _padded(rows: Sequence[np.ndarray], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of any lengths as (int32 [batch_size, longest], lengths); rows that are missing are empty."""
-    lengths = np.zeros(batch_size, np.int64)
-    lengths[: len(rows)] = [row.size for row in rows]
-    tokens = np.zeros((batch_size, lengths.max()), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : row.size] = row
-    return tokens, lengths
 
 
 def main(argv: Sequence[str]) -> int:
