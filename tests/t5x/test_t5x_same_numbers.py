@@ -95,9 +95,9 @@ def test_t5xs_adafactor_trains_a_hybrid():
     model, partitioner = case.t5x_model(optimizer_def=Adafactor()), one_device()
     initializer = t5x_initializer(case, model, partitioner)
     state = initializer.from_scratch(jax.random.PRNGKey(0))
-    step = t5x_train_step(model, state, partitioner, initializer, lambda step: 1e-2)
+    step = t5x_train_step(model, state, partitioner, initializer, lambda step: 0.1)
     losses = []
     for batch in batches(case.task):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"].total))
-    assert np.isfinite(losses).all() and np.mean(losses[-10:]) < 0.8 * losses[0]
+    assert np.isfinite(losses).all() and np.mean(losses[-10:]) < 0.8 * losses[0], losses
