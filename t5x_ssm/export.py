@@ -2,11 +2,13 @@
 
     python -m t5x_ssm.export --model_dir=RUN_FOLDER --output_dir=MODEL [--dtype=bfloat16]
     python -m t5x_ssm.export --input_dir=MODEL --output_dir=NEW_RUN_FOLDER
+    python -m t5x_ssm.export --h3_state=model.pt --pattern="h3*6 attn h3*5" --output_dir=NEW_RUN_FOLDER
 
 The first writes safetensors and a config.json (see `integrations.exported_model`), parameters alone. The second makes a run
 folder of such a model: `--model_dir=NEW_RUN_FOLDER` evaluates, scores and generates with it, and
 `--gin.checkpoints.RestoreCheckpointConfig.path=NEW_RUN_FOLDER` starts a training run from it. RUN_FOLDER may be one of its
-checkpoints; it may be T5X's.
+checkpoints; it may be T5X's. The third does the same for a public H3 checkpoint, whose network is named by a gin file
+(`networks/h3_125m.gin` with that PATTERN).
 """
 
 import argparse
@@ -18,7 +20,7 @@ import numpy as np
 
 from t5x_ssm import config as config_lib
 from t5x_ssm.errors import UserError
-from t5x_ssm.integrations import exported_model, stored_parameters
+from t5x_ssm.integrations import exported_model, h3_checkpoints, stored_parameters
 from t5x_ssm.training import run_folder
 
 DTYPES = ("float32", "bfloat16")
@@ -62,6 +64,19 @@ def import_model(input_dir: str, output_dir: str) -> None:
     print(f"{description['num_parameters']:,} parameters of step {description['step']:,}: {path}")
 
 
+def import_h3(state_file: str, pattern: str, output_dir: str) -> None:
+    """Makes a run folder, at step 0, of a public H3 checkpoint.
+
+    Args:
+      state_file: see `h3_checkpoints.read_file`.
+      pattern: which layers are `h3` and which `attn`.
+      output_dir: a new run folder.
+    """
+    arrays = h3_checkpoints.from_public(h3_checkpoints.read_file(pathlib.Path(state_file)), pattern)
+    path = stored_parameters.write(output_dir, arrays, 0, {})
+    print(f"{sum(a.size for a in arrays.values()):,} parameters: {path}")
+
+
 def _network_settings(gin_file: pathlib.Path) -> dict[str, str]:
     """What a run's configuration says about its network: values as text by 'module.name.parameter'."""
     config_lib.load([str(gin_file)])
@@ -80,14 +95,21 @@ def main(argv: Sequence[str]) -> int:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--model_dir", help="a run folder or a checkpoint, to export")
     given.add_argument("--input_dir", help="an exported model, to make a run folder of")
+    given.add_argument("--h3_state", help="a public H3 checkpoint, to make a run folder of")
+    parser.add_argument("--pattern", help="the layers of --h3_state, such as 'h3 attn h3*6 attn h3*3'")
     parser.add_argument("--output_dir", required=True, help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, help="type of exported parameters; as they are stored by default")
     options = parser.parse_args(argv)
+    if bool(options.h3_state) != bool(options.pattern):
+        raise UserError("--h3_state and --pattern go together: the file does not say which layers are attention.")
     if options.model_dir:
         export_model(options.model_dir, options.output_dir, options.dtype)
         return 0
     if options.dtype:
         raise UserError("--dtype goes with --model_dir: a run folder has float32 parameters.")
+    if options.h3_state:
+        import_h3(options.h3_state, options.pattern, options.output_dir)
+        return 0
     import_model(options.input_dir, options.output_dir)
     return 0
 

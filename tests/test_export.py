@@ -9,6 +9,7 @@ import pytest
 
 from t5x_ssm import average, export
 from t5x_ssm.errors import UserError
+from t5x_ssm.integrations import stored_parameters
 from t5x_ssm.training import checkpoints, restoring, stored_tree
 
 pytest.importorskip("safetensors")
@@ -142,3 +143,26 @@ def test_what_has_no_mean_is_refused(run, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             average.main([*flags, f"--output_dir={tmp_path}/mean"])
+
+
+def test_a_public_h3_file_becomes_a_run_folder(tmp_path):
+    import safetensors.numpy
+
+    random = np.random.default_rng(0)
+    shapes = {f"backbone.layers.0.{norm}.{leaf}": (4,) for norm in ("norm1", "norm2") for leaf in ("weight", "bias")}
+    shapes |= {f"backbone.ln_f.{leaf}": (4,) for leaf in ("weight", "bias")}
+    shapes |= {"backbone.embeddings.word_embeddings.weight": (5, 4)}
+    sizes = {"mlp.fc1": (8, 4), "mlp.fc2": (4, 8), "mixer.Wqkv": (12, 4), "mixer.out_proj": (4, 4)}
+    for name, (out, width) in sizes.items():
+        shapes |= {f"backbone.layers.0.{name}.weight": (out, width), f"backbone.layers.0.{name}.bias": (out,)}
+    state = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
+    flags = [f"--h3_state={tmp_path}/model.safetensors", f"--output_dir={tmp_path}/run"]
+    with pytest.raises(UserError, match="--pattern"):
+        export.main(flags)
+    assert export.main([*flags, "--pattern=attn"]) == 0
+    found = stored_parameters.read(f"{tmp_path}/run")
+    assert found.step == 0
+    expected = state["backbone.layers.0.mixer.Wqkv.weight"][4:8].T
+    np.testing.assert_array_equal(found.arrays["decoder/segment_0/block_0/mixer/key/kernel"][0], expected)
+    assert sum(array.size for array in found.arrays.values()) == sum(array.size for array in state.values())

@@ -17,6 +17,7 @@ The released files have older names and number their norms by what they follow; 
 released weights were trained in a layout that only the trainer knows, see `layers.h3.H3.head_layout`.
 """
 
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -28,6 +29,7 @@ from t5x_ssm.models import pattern as pattern_language
 Arrays = dict[str, np.ndarray]
 
 _EMBEDDING, _HEAD = "backbone.embeddings.word_embeddings.weight", "lm_head.weight"
+_NORM_LEAVES = (("scale", "weight"), ("bias", "bias"))
 _NORMS = {"norm1": "mixer_norm", "norm2": "mlp_norm"}
 _FEED_FORWARD = {"mlp.fc1": "mlp/wi", "mlp.fc2": "mlp/wo"}
 _H3_PROJECTIONS = {
@@ -49,6 +51,30 @@ _H3_VECTORS = {
 _QKV = ("query", "key", "value")
 # What a module recomputes from its settings, and is no parameter.
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+def read_file(path: pathlib.Path) -> Arrays:
+    """The state dict in a .safetensors file, or in what `torch.save` wrote (then PyTorch must be installed).
+
+    Raises:
+      UserError: there is no such file, or no library that reads it.
+    """
+    if not path.is_file():
+        raise UserError(f"--h3_state={path}: there is no such file.")
+    if path.suffix == ".safetensors":
+        try:
+            import safetensors.numpy
+        except ImportError:
+            raise UserError(f"{path} needs the library safetensors; install t5x_ssm[export].") from None
+        return safetensors.numpy.load_file(str(path))
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} was written by PyTorch, which is not installed; only .safetensors do without."
+        ) from None
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: array.float().numpy() for name, array in state.items()}
 
 
 def from_public(state: Mapping[str, np.ndarray], pattern: str, scan_layers: bool = True) -> Arrays:
@@ -109,9 +135,6 @@ def to_public(arrays: Mapping[str, np.ndarray], pattern: str, num_layers: int, s
     for i, (block, kind) in enumerate(zip(blocks, layers, strict=True)):
         state |= {f"backbone.layers.{i}.{name}": array for name, array in _block_to(block, kind).items()}
     return state
-
-
-_NORM_LEAVES = (("scale", "weight"), ("bias", "bias"))
 
 
 def _block_from(take, kind: str) -> Arrays:
