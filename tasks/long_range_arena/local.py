@@ -62,6 +62,7 @@ _RETRIEVAL_FILES = {
 
 
 def retrieval_shards(split: str) -> list[str]:
+    """The split's one file."""
     return [_existing("lra_retrieval", _RETRIEVAL_FILES[split], split).name]
 
 
@@ -83,6 +84,7 @@ _HELD_OUT_IMAGES = 1000
 
 
 def image_shards(split: str) -> list[str]:
+    """The training files are shared by two splits, see `read_image`."""
     names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     return [_existing("lra_image", name, split).name for name in names]
 
@@ -101,6 +103,7 @@ def read_image(split: str, shard: str) -> Iterator[Example]:
 
 
 def speech_shards(split: str) -> list[str]:
+    """A shard is a word."""
     _existing("speech_commands", "validation_list.txt", split)
     return [_existing("speech_commands", word, split).name for word in WORDS]
 
