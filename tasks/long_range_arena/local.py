@@ -10,6 +10,7 @@ or `<name>/corpora.location.path` in gin. Nothing is read before data is asked f
 """
 
 import functools
+import hashlib
 import pathlib
 import pickle
 import wave
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.cache_files import version
 from tasks.corpora import settings
 from tasks.vocabularies import EOS_ID, encode_bytes
 
@@ -36,9 +38,15 @@ _GREY = np.array([0.299, 0.587, 0.114])
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What the token cache records of a folder: where it is."""
-    variable = settings.variable(name)
-    return {"environment": {f"location {variable}": str(settings.location(name))}}
+    """What the token cache records of a folder: where it is, names and sizes of its files, and how they are read."""
+    root, digest = settings.location(name), hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+    environment = {
+        f"location {settings.variable(name)}": str(root),
+        f"module {__name__}": version(f"module {__name__}"),
+    }
+    return {"files": digest.hexdigest()[:16], "environment": environment}
 
 
 def text_shards(split: str) -> list[str]:
