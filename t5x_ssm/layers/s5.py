@@ -116,7 +116,8 @@ class S5StateSpace(nn.Module):
             c_re=param("c_backward_re", lambda *_: backward_start()[0], *c),
             c_im=param("c_backward_im", lambda *_: backward_start()[1], *c),
         )
-        return run_bidirectional(multi_input, system, backward, u, axes, run), None
+        y = run_bidirectional(multi_input, system, backward, u, axes, run, future_has_present=True)
+        return y, None
 
     def _check(self):
         require_positive("S5StateSpace", state_size=self.state_size, blocks=self.blocks)

@@ -37,7 +37,16 @@ def pieces(length: int) -> int:
     return 1 if axis is None else mesh.shape[axis]
 
 
-def chunked(core: Any, system: Any, u: Array, *, count: int, state: Any = None, resets: Array | None = None):
+def chunked(
+    core: Any,
+    system: Any,
+    u: Array,
+    *,
+    count: int,
+    state: Any = None,
+    resets: Array | None = None,
+    from_the_end: bool = False,
+):
     """A state-space core over a sequence of which each device holds a piece.
 
     Args:
@@ -47,34 +56,43 @@ def chunked(core: Any, system: Any, u: Array, *, count: int, state: Any = None, 
       count: K, the number of pieces.
       state: what enters the first piece, the same on every device; None for zero.
       resets: the local piece [B, T] bool; None for nowhere.
+      from_the_end: read the last piece first and the first one last; u and resets are given, and y is returned, with the tokens
+        of the piece in that order too.
 
     Returns:
-      y as u, and a function that gives, on every device, the state after the last piece.
+      y as u, and a function that gives, on every device, the state after the piece that is read last.
     """
-    entering = _entering(core, system, u, count, state, resets)
+    way = -1 if from_the_end else 1
+    entering = _entering(core, system, u, count, state, resets, way)
     y, end = core.chunked(system, u, state=entering, resets=resets)
 
     def last():
-        here = lax.axis_index(AXIS) == count - 1
+        here = _place(count, way) == count - 1
         return jax.tree.map(lambda x: lax.psum(jnp.where(here, x, 0), AXIS), end)
 
     return y, last
 
 
-def _entering(core, system, u, count, state, resets):
-    """e_k on piece k."""
+def _place(count, way):
+    """Which piece, in the order of reading, is here."""
+    index = lax.axis_index(AXIS)
+    return index if way > 0 else count - 1 - index
+
+
+def _entering(core, system, u, count, state, resets, way):
+    """e_k on the k-th piece in the order of reading."""
     terms = count - 1 if state is None else count
     end, maps = core.handover(system, u, resets, (terms - 1).bit_length())
-    entering = jax.tree.map(lambda x: _shift(x, 1, count), end)
-    index = lax.axis_index(AXIS)
+    entering = jax.tree.map(lambda x: _shift(x, way, count), end)
+    index = _place(count, way)
     if state is not None:
         entering = jax.tree.map(lambda first, x: jnp.where(index == 0, first, x), state, entering)
     if resets is not None:
         # How many of the first k pieces begin a document: [K + 1, B].
-        begun = jnp.cumsum(lax.all_gather(jnp.any(resets, axis=1), AXIS), axis=0, dtype=jnp.int32)
+        begun = jnp.cumsum(lax.all_gather(jnp.any(resets, axis=1), AXIS)[::way], axis=0, dtype=jnp.int32)
         begun = jnp.pad(begun, [(1, 0), (0, 0)])
     for i, run in enumerate(maps):
-        added = run(jax.tree.map(lambda x, i=i: _shift(x, 1 << i, count), entering))
+        added = run(jax.tree.map(lambda x, i=i: _shift(x, way << i, count), entering))
         if resets is not None:
             clear = begun[index] == begun[jnp.maximum(index - (1 << i), 0)]
             added = jax.tree.map(lambda x, clear=clear: _where_rows(clear, x), added)
@@ -87,7 +105,7 @@ def _where_rows(keep, x):
 
 
 def _shift(x, by, count):
-    """x of the piece `by` places before this one; zero where there is none."""
+    """x of the piece `by` places before this one (after it, where negative); zero where there is none."""
     return lax.ppermute(x, AXIS, [(i, i + by) for i in range(count) if 0 <= i + by < count])
 
 
