@@ -130,7 +130,7 @@ def test_the_harness_itself_scores_a_task_of_its_format(tmp_path):
     )
     (tmp_path / "choices.yaml").write_text(
         f"task: choices_here\n{common}output_type: multiple_choice\ndoc_to_text: '{{{{q}}}}'\n"
-        "doc_to_choice: ['{{a}}', '{{b}}']\ndoc_to_target: 0\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n"
+        "doc_to_choice: '{{[a, b]}}'\ndoc_to_target: 0\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n"
     )
     (tmp_path / "rolling.yaml").write_text(
         f"task: rolling_here\n{common}output_type: loglikelihood_rolling\ndoc_to_text: ''\n"
