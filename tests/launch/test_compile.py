@@ -124,6 +124,29 @@ def test_seven_billion_parameters_fit_a_v5p_slice(tmp_path):
     assert all(c["largest"] <= 32000 * 4096 * 4 for c in plan["collectives"])
 
 
+@needs_libtpu
+@pytest.mark.aot
+def test_a_million_tokens_of_context_fit_a_v5p_cube(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "launch.compile",
+        "--gin_file=models/gss_hybrid_1_3b_1m.gin",
+        "--topology=v5p:4x4x4",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    done = subprocess.run([*command, f"--output_dir={tmp_path}"], cwd=ROOT, env=environment)
+    assert done.returncode == 0
+    (path,) = tmp_path.glob("*.json")
+    plan = json.loads(path.read_text())
+    assert plan["length"] == 2**20 and plan["mesh"]["sequence"] == 32 and plan["hbm_free"] >= 0.1
+    # States and halos of 512 tokens go from piece to piece, and gradients are summed; nothing gathers the text, of which a
+    # piece of one layer's activations alone is 128 MiB.
+    over = {c["kind"]: c for c in plan["collectives"] if "sequence" in c["axes"]}
+    assert set(over) == {"all-reduce", "collective-permute"}
+    assert over["collective-permute"]["largest"] <= 2 * 512 * 2048 * 2
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("v9:2x2", "CHIP:SHAPE"), ("v5p", "CHIP:SHAPE"), ("v5p:2x4", "3 dimensions"), ("v5e:2x2x2", "2 dimensions")],
