@@ -13,6 +13,7 @@ checkpoints; it may be T5X's. The third does the same for a public H3 checkpoint
 
 import argparse
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from t5x_ssm import config as config_lib
 from t5x_ssm.errors import UserError
 from t5x_ssm.integrations import exported_model, h3_checkpoints, stored_parameters
 from t5x_ssm.training import run_folder
+from t5x_ssm.training.parameter_groups import STATE_SPACE_PATTERN
 
 DTYPES = ("float32", "bfloat16")
 
@@ -32,13 +34,14 @@ def export_model(checkpoint_path: str, output_dir: str, dtype: str | None = None
     Args:
       checkpoint_path: a checkpoint or a run folder.
       output_dir: a new folder.
-      dtype: one of DTYPES, the type of floating-point parameters; None as they are stored.
+      dtype: one of DTYPES, the type of floating-point parameters but those of state spaces, whose kernels a rounded pole or
+        step would ruin; None as they are stored.
     """
     found = stored_parameters.read(checkpoint_path)
     arrays = found.arrays
     if dtype is not None:
         arrays = {
-            name: array.astype(jnp.dtype(dtype)) if jnp.issubdtype(array.dtype, jnp.floating) else array
+            name: array.astype(jnp.dtype(dtype)) if _may_be_cast(name, array) else array
             for name, array in arrays.items()
         }
     gin_text = stored_parameters.configuration_beside(found.path)
@@ -75,6 +78,10 @@ def import_h3(state_file: str, pattern: str, output_dir: str) -> None:
     arrays = h3_checkpoints.from_public(h3_checkpoints.read_file(pathlib.Path(state_file)), pattern)
     path = stored_parameters.write(output_dir, arrays, 0, {})
     print(f"{sum(a.size for a in arrays.values()):,} parameters: {path}")
+
+
+def _may_be_cast(name: str, array: np.ndarray) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating) and not re.search(STATE_SPACE_PATTERN, name)
 
 
 def _network_settings(gin_file: pathlib.Path) -> dict[str, str]:

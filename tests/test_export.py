@@ -85,13 +85,14 @@ def test_a_model_comes_back_as_a_run_folder(run, tmp_path):
     assert [path.name for path in (tmp_path / "back").glob("checkpoint_*")] == ["checkpoint_5"]
 
 
-def test_bfloat16_halves_the_file_and_rounds(run, tmp_path):
+def test_bfloat16_rounds_all_but_state_spaces(run, tmp_path):
     folder, saved = run
     export.main([f"--model_dir={folder}", f"--output_dir={tmp_path}/out", "--dtype=bfloat16"])
     export.main([f"--input_dir={tmp_path}/out", f"--output_dir={tmp_path}/back"])
     arrays, _ = restored(tmp_path / "back")
     for name, array in saved[8].items():
-        np.testing.assert_array_equal(arrays[name], array.astype(jnp.bfloat16).astype(np.float32))
+        expected = array if "/ssm/" in name else array.astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(arrays[name], expected)
     with pytest.raises(UserError, match="--dtype"):
         export.main([f"--input_dir={tmp_path}/out", f"--output_dir={tmp_path}/new", "--dtype=float32"])
 

@@ -23,6 +23,7 @@ from etils import epath
 from t5x_ssm.errors import CheckpointDamaged, CheckpointError, CheckpointUnreadable, UserError
 from t5x_ssm.training import consensus, run_folder, stored_tree, verified_arrays
 from t5x_ssm.training import manifest as manifests
+from t5x_ssm.training.parameter_groups import STATE_SPACE_PATTERN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class SaveCheckpointConfig:
       keep_period: also keep, for good, every checkpoint whose step is a multiple of this.
       checkpoint_steps: also save at these steps, and keep those for good.
       dtype: type in which floating-point parameters are stored, 'float32' or 'bfloat16'; None as they are. If it is
-        narrower than theirs, the run does not resume bit-exactly. The optimizer's state is always stored as it is.
+        narrower than theirs, the run does not resume bit-exactly. The optimizer's state is always stored as it is, and so
+        are state spaces, whose kernels a rounded pole or step would ruin.
       save_dataset: whether to store the position of the data pipeline.
       asynchronous: write in the background while training goes on; `save` returns when the arrays are copied.
     """
@@ -210,7 +212,8 @@ class Checkpointer:
         leaves = stored_tree.flatten(tree)
         if self._config.dtype is not None:
             for name, leaf in leaves.items():
-                if name.startswith("target/") and verified_arrays.is_float(leaf):
+                projection = name.startswith("target/") and not re.search(STATE_SPACE_PATTERN, name)
+                if projection and verified_arrays.is_float(leaf):
                     leaves[name] = leaf.astype(self._config.dtype)
         items = {"state": ocp.args.PyTreeSave(stored_tree.fill(tree, leaves))}
         dataset = None

@@ -155,6 +155,16 @@ def test_parameters_stored_in_another_type(tmp_path):
     assert_same(restore(tmp_path / "wide").tree, jax.tree.map(np.asarray, tree))
 
 
+def test_state_spaces_are_never_stored_narrower(tmp_path):
+    mixer = {"ssm": {"lambda_re": jnp.ones(3)}, "kernel": jnp.ones(3)}
+    state = {"target": {"mixer": mixer}, "state": {"step": jnp.int32(1), "param_states": {}}}
+    with Checkpointer(tmp_path, SaveCheckpointConfig(dtype="bfloat16")) as checkpointer:
+        checkpointer.save(1, on_device(state), None, {})
+    stored = stored_tree.stored_arrays(run_folder.checkpoint_path(tmp_path, 1) / "state")
+    types = {name: stored[f"target/mixer/{name}"].dtype for name in ("ssm/lambda_re", "kernel")}
+    assert types == {"ssm/lambda_re": np.float32, "kernel": jnp.bfloat16}
+
+
 def test_without_the_data_position(tmp_path):
     save_all(tmp_path, [3], SaveCheckpointConfig(save_dataset=False))
     assert not (tmp_path / "checkpoint_3/dataset").exists()
