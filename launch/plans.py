@@ -125,7 +125,7 @@ def write_tables(document: pathlib.Path = DOCUMENT) -> None:
         plans = [json.loads(path.read_text()) for path in folder.glob("*.json")]
         begin, end = f"<!-- {name}: written by launch.plans -->\n", f"<!-- end of {name} -->\n"
         before, after = text.split(begin)[0], text.split(end)[1]
-        text = before + begin + "\n" + make(plans) + "\n" + end + after
+        text = before + begin + ("\n" + make(plans) + "\n" if plans else "") + end + after
     document.write_text(text)
 
 

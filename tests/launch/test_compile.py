@@ -87,13 +87,32 @@ def test_between_slices_go_the_gradients_and_nothing_else(tmp_path):
 
 @needs_libtpu
 @pytest.mark.aot
+def test_a_chip_of_many_does_and_sends_what_a_chip_of_few_does(tmp_path):
+    plans = []
+    for topology, rows in (("v5e:4x4", 16), ("v5e:8x16", 128)):  # 2 rows for each of 8 and of 64 shards
+        done = compile_plan(tmp_path, f"--topology={topology}", f"--gin.BATCH_SIZE={rows}")
+        assert done.returncode == 0, done.stderr
+        (path,) = tmp_path.glob(f"tiny_{topology.replace(':', '_')}_*.json")
+        plans.append(json.loads(path.read_text()))
+    sent = [sum(c["bytes"] for c in plan["collectives"]) for plan in plans]
+    assert plans[1]["flops"]["program"] == pytest.approx(plans[0]["flops"]["program"], rel=0.1)
+    assert sent[1] == pytest.approx(sent[0], rel=0.1)
+
+
+@needs_libtpu
+@pytest.mark.aot
 def test_search_reports_the_best_of_what_it_compiles(tmp_path):
-    done = compile_plan(tmp_path, "--topology=v5e:2x4", "--search", "--gin.VOCAB_SIZE=1048576")
+    (tmp_path / "tiny.gin").write_text(TINY)
+    program = "import sys; from launch import compile as c; c.ROWS_PER_SHARD = (1, 2); sys.exit(c.main(sys.argv[1:]))"
+    flags = [f"--gin_file={tmp_path}/tiny.gin", f"--output_dir={tmp_path}", "--topology=v5e:2x4", "--search"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    command = [sys.executable, "-c", program, *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rates = [int(rate.replace(",", "")) for rate in re.findall(r"free, ([\d,]+) tokens/s if nothing", done.stdout)]
+    assert len(rates) == len(list(tmp_path.glob("*.json"))) == 2 * len(compile_lib.POLICIES)
     best = re.search(r"in turn: .* ([\d,]+) tokens/s", done.stdout)[1]
     assert int(best.replace(",", "")) == max(rates)
-    assert len(rates) == len(list(tmp_path.glob("*.json")))
 
 
 @needs_libtpu
