@@ -8,7 +8,7 @@ import pytest
 import scipy.special
 import tiny
 
-from t5x_ssm import generate, infer
+from t5x_ssm import export, generate, infer
 from t5x_ssm.errors import UserError
 from t5x_ssm.layers.gss import GSS
 from t5x_ssm.models.decoder import Decoder
@@ -94,8 +94,22 @@ def test_scores_are_those_of_a_forward_pass(run_folder, params, capsys):
         assert line["tokens"] == len(counted)
         np.testing.assert_allclose(line["score"], expected, rtol=1e-4)
         assert line["greedy"] == greedy
-    assert "5 examples" in capsys.readouterr().out
+    greedy_share = sum(line["greedy"] for line in written) / len(written)
+    printed = capsys.readouterr().out
+    assert "5 examples" in printed and f"{greedy_share:.1%} greedy" in printed
     assert not list((run_folder / "inference").glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_model_that_left_and_came_back_scores_the_same(run_folder, tmp_path):
+    pytest.importorskip("safetensors")
+    assert export.main([f"--model_dir={run_folder}", f"--output_dir={tmp_path}/model"]) == 0
+    assert export.main([f"--input_dir={tmp_path}/model", f"--output_dir={tmp_path}/back"]) == 0
+    for folder, output in ((run_folder, "before"), (tmp_path / "back", "after")):
+        flags = [f"--model_dir={folder}", "--mode=score", "--num_examples=3", f"--output_dir={tmp_path}/{output}"]
+        assert infer.main(flags) == 0
+    before, after = (lines(tmp_path / output, "pairs-validation-score") for output in ("before", "after"))
+    assert len(before) == 3 and before == after
 
 
 @pytest.mark.slow
