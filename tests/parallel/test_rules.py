@@ -19,7 +19,7 @@ MESH = AbstractMesh((2, 2, 1, 4), ("data", "fsdp", "sequence", "model"))
         (("embed", "mlp"), P("fsdp", "model")),
         (("mlp", "embed"), P("model", "fsdp")),
         (("vocab", "embed"), P("model", "fsdp")),
-        (("layers", "channels", "modes"), P(None, "model", None)),
+        (("layers", "channels", "modes"), P(None, "model", "fsdp")),
         (("batch", "length", "embed"), P(("data", "fsdp"), "sequence", None)),  # the batch took fsdp
         (("batch", None, "heads", None), P(("data", "fsdp"), None, "model", None)),
         (("mlp", "heads"), P("model", None)),  # the earlier rule wins
