@@ -233,7 +233,7 @@ def table(results: dict[str, Any]) -> str:
             *(
                 f"- {name}: {' or '.join(map(str, found))} epochs of the paper's {EPOCHS[name]}, the schedule shortened with them."
                 if found
-                else f"- {name}: not trained by this command."
+                else f"- {name}: not trained yet; the command with --languages={name} adds it to the table."
                 for name, found in epochs.items()
             ),
             "- Fewer epochs than the paper's are a figure on the way; the curves say which were still rising.",
