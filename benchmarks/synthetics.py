@@ -236,7 +236,8 @@ def table(results: dict[str, Any]) -> str:
                 else f"- {name}: not trained yet; the command with --languages={name} adds it to the table."
                 for name, found in epochs.items()
             ),
-            "- Fewer epochs than the paper's are a figure on the way; the curves say which were still rising.",
+            "- A schedule shorter than the paper's ends before a network has learnt what it can: a figure below the paper's is then no",
+            "  evidence against it.",
             f"- {sum(run['seconds'] for run in runs):,.0f} seconds of training on {machine['cores']} cores ({machine['processor']}), "
             f"jax {machine['jax']}. Curves, seconds and parameter counts of each: [synthetics.json](synthetics.json).",
             "",
