@@ -13,6 +13,7 @@ from tasks import embedded_corpus, vocabularies
 
 def test_registering_reads_nothing_but_the_modules(monkeypatch):
     """No data is opened before it is asked for. (That reading needs no seqio is shown beside the feeds.)"""
+    import gin  # noqa: F401, tasks that can be configured need it
     import seqio
 
     names = ["embedded_books", "embedded_code", "embedded_math", "embedded_books_code_math"]
