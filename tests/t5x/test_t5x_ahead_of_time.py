@@ -18,8 +18,6 @@ from t5x_ssm.integrations.t5x.partitioner import Partitioner
 from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.basic import MLP
 from t5x_ssm.layers.gss import GSS
-from t5x_ssm.layers.s4 import S4StateSpace
-from t5x_ssm.layers.spade import Spade
 from t5x_ssm.models.decoder import Decoder
 from t5x_ssm.parallel.mesh import MeshConfig
 from t5x_ssm.training import optimizers, schedules
@@ -28,15 +26,14 @@ pytestmark = [pytest.mark.t5x, pytest.mark.aot]
 
 BATCH, LENGTH, WIDTH, VOCAB = 256, 1024, 512, 32000
 heads = functools.partial(Attention, num_heads=8)
-sliding = functools.partial(heads, span="sliding", window=128)
 NETWORKS = {
     "gss chunk": {
         "gss": functools.partial(GSS, state_size=256),
         "chunk": functools.partial(heads, span="chunk", window=256),
     },
-    "spade swa": {
-        "spade": functools.partial(Spade, state_space=S4StateSpace, attention=sliding),
-        "swa": sliding,
+    "swa gss": {
+        "swa": functools.partial(heads, span="sliding", window=128),
+        "gss": functools.partial(GSS, state_size=256),
     },
 }
 
@@ -45,7 +42,7 @@ NETWORKS = {
     ("topology", "mesh", "pattern"),
     [
         ("v5e:4x4", MeshConfig(data=1, fsdp=-1, model=2), "gss chunk"),
-        ("v5p:4x4x4", MeshConfig(data=2, fsdp=-1, model=2), "spade swa"),
+        ("v5p:4x4x4", MeshConfig(data=2, fsdp=-1, model=2), "swa gss"),
     ],
     ids=["v5e:4x4", "v5p:4x4x4"],
 )
