@@ -33,9 +33,9 @@ from jax import lax
 METHODS = ("direct", "fft", "matmul", "matmul_high")
 
 # A sum over up to this many lags is written out: fewer operations than any transform needs. A CPU passes over memory for
-# every lag (measured, forward and backward at 256 channels: level with the FFT at 4 lags, 1.5 times its time at 8, 5 at 32).
+# every lag and would be faster with the FFT from 8 lags on, but XLA's CPU compiler gives FFTs of such kernels on a cut length
+# layouts that its runtime then refuses.
 DIRECT_LAGS = 32
-CPU_DIRECT_LAGS = 4
 
 # The smallest blocks of a convolution masked by documents; their sums are written out (measured on a CPU, forward and backward:
 # 8 takes twice as long).
@@ -83,14 +83,14 @@ def causal_convolution(u_BLH, kernel_HL, *, anticausal_HL=None, resets=None, met
         elements = CPU_GROUP_ELEMENTS if platform == "cpu" else GROUP_ELEMENTS
         return functools.partial(_in_channel_groups, functools.partial(convolve, document), elements)
 
-    if method == "direct" or lags <= CPU_DIRECT_LAGS:
+    if method == "direct" or lags <= DIRECT_LAGS:
         return run("cpu")(u_BLH, *kernels)
     return lax.platform_dependent(u_BLH, *kernels, cpu=run("cpu"), tpu=run("tpu"), default=run("cuda"))
 
 
 def select_method(platform: str, lags: int) -> str:
     """The implementation that `causal_convolution` uses by default on this platform for kernels of so many lags."""
-    if lags <= (CPU_DIRECT_LAGS if platform == "cpu" else DIRECT_LAGS):
+    if lags <= DIRECT_LAGS:
         return "direct"
     if platform != "tpu":
         return "fft"
