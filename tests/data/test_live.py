@@ -53,6 +53,7 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(found[name], expected[name])
 
 
+@pytest.mark.slow
 def test_resume_gives_the_same_shuffled_batches(often):
     with open_feed(CONFIG, seed=4, prefetch=3) as feed:
         states, batches = [], []

@@ -121,6 +121,7 @@ def test_a_ragged_batch_gives_each_row_what_it_gives_alone():
     assert together.tolist() != other.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_a_conversation_goes_on_as_if_it_had_been_read_at_once(scan_layers):
     """Two turns from one state equal one reading of everything; rows ended early must not have moved on."""
@@ -149,6 +150,7 @@ def test_a_conversation_goes_on_as_if_it_had_been_read_at_once(scan_layers):
     assert second.tolist() == run(gen, whole, total, 7, SAMPLED, seeds=50)[0].tolist()
 
 
+@pytest.mark.slow
 def test_several_steps_a_call_draw_the_same():
     tokens, lengths = prompts(seed=4)
     gen = generator(EVERYTHING)
@@ -189,6 +191,7 @@ def test_a_batch_stops_when_every_row_has_ended():
     assert stream.ended.all()
 
 
+@pytest.mark.slow
 def test_no_length_in_shapes_without_full_attention():
     net, params = network("gss chunk")
     assert not decoding.cache_grows(net, params)

@@ -89,6 +89,7 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @every_mixer
 def test_prefill_in_pieces_and_then_steps_is_the_full_forward(name):
     layer, params = mixer(name)

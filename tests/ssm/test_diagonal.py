@@ -130,9 +130,8 @@ def oracle_all(system, u, state, resets, lengths):
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["gss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("s4d-bilinear", "dss-softmax"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gss", "s4d-bilinear", "dss-softmax"])
 def test_all_ways_are_the_recurrence(name):
     """Outputs and states from a random state, and every gradient, in float64."""
     parameters, ours, theirs = SYSTEMS[name]

@@ -88,6 +88,7 @@ def dense_kernel(p, length):
     return recur((a, b, c, jnp.zeros(len(b))), impulse)[0][0].T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 45, 1100])
 def test_kernel_and_its_gradient(length):
     """Both methods, at lengths that are odd, one, and no power of two."""
@@ -159,6 +160,7 @@ def kept(state):
     return jax.lax.complex(*state) if isinstance(state, tuple) else state[..., : state.shape[-1] // 2]
 
 
+@pytest.mark.slow
 def test_all_ways_are_the_recurrence():
     """Outputs and states from a random state, and every gradient, in float64."""
     u, lengths = normal(14, BATCH, LENGTH, CHANNELS), jnp.array([0, 23])
