@@ -2,12 +2,12 @@
 
 import hashlib
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from t5x_ssm.data import sources
+from t5x_ssm.data.evaluation_feeds import RowsInOrder
 from t5x_ssm.data.indexed import IndexedRows
 from t5x_ssm.data.token_stream import Batch
 from t5x_ssm.errors import DataError
@@ -110,34 +110,12 @@ class ClassificationFeed(IndexedRows):
         return self._rows[row]
 
 
-class ClassificationEvaluation:
-    """Every example of a split once, in order; the last batch is padded with rows of weight 0.
+class ClassificationEvaluation(RowsInOrder):
+    """Every example of a split once, in order; the last batch is padded with rows of weight 0."""
 
-    Attributes:
-      task, num_batches, vocabulary: as of `evaluation_feeds.EvaluationFeed`.
-    """
-
-    def __init__(
-        self,
-        examples: LabelledExamples,
-        vocabulary: dict[str, Any],
-        batch_size: int,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        self.task, self.vocabulary = examples.task, vocabulary
-        self._examples, self._batch_size = examples, batch_size
-        local = batch_size // process_count
-        self._local_rows = range(process_index * local, (process_index + 1) * local)
-        self.num_batches = -(-len(examples) // batch_size)
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.num_batches):
-            yield sources.stack([self._row(step * self._batch_size + row) for row in self._local_rows])
+    def __init__(self, examples: LabelledExamples, vocabulary: dict[str, Any], batch_size: int, **place: int):
+        super().__init__(examples.task, vocabulary, len(examples), batch_size, **place)
+        self._examples = examples
 
     def _row(self, row: int) -> Batch:
         if row < len(self._examples):

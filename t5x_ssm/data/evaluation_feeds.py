@@ -5,6 +5,7 @@ That of a decoder holds each token once and knows how many bytes of text they st
 exp(nats / words).
 """
 
+import abc
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,17 +17,49 @@ from t5x_ssm.data.token_stream import Batch, TokenStream
 from t5x_ssm.errors import DataError
 
 
-class EvaluationFeed:
-    """Each token of a stream once, in order, as batches [batch_size / process_count, length]; iterate it as often as
-    you like.
+class RowsInOrder(abc.ABC):
+    """Each row of a split once, in order, as batches of batch_size / process_count rows; iterate it as often as you like.
 
-    The last window and the last batch are padded; padding has loss weight 0. Every process sees the same number of
-    batches.
+    Every process sees the same number of batches.
 
     Attributes:
       task: the task's name.
       num_batches: number of batches.
       vocabulary: description of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        vocabulary: dict[str, Any],
+        num_rows: int,
+        batch_size: int,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self.task, self.vocabulary = task, vocabulary
+        self._batch_size = batch_size
+        local = batch_size // process_count
+        self._local_rows = range(process_index * local, (process_index + 1) * local)
+        self.num_batches = -(-num_rows // batch_size)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.num_batches):
+            yield sources.stack([self._row(step * self._batch_size + row) for row in self._local_rows])
+
+    @abc.abstractmethod
+    def _row(self, row: int) -> Batch:
+        """Row `row` of the split; beyond its end one of loss weight 0."""
+
+
+class EvaluationFeed(RowsInOrder):
+    """Each token of a stream once, in windows of one length.
+
+    The last window and the last batch are padded; padding has loss weight 0.
     """
 
     def __init__(
@@ -37,25 +70,12 @@ class EvaluationFeed:
         batch_size: int,
         segments: bool,
         vocabulary: dict[str, Any],
-        process_index: int = 0,
-        process_count: int = 1,
+        **place: int,
     ):
         if len(stream) == 0:
             raise DataError(f"{stream.task!r} has no tokens in this split; there is nothing to evaluate.")
-        self.task = stream.task
-        self.vocabulary = vocabulary
+        super().__init__(stream.task, vocabulary, -(-len(stream) // length), batch_size, **place)
         self._stream, self._length, self._segments = stream, length, segments
-        self._batch_size = batch_size
-        local = batch_size // process_count
-        self._local_rows = range(process_index * local, (process_index + 1) * local)
-        self.num_batches = -(-len(stream) // (length * batch_size))
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.num_batches):
-            yield sources.stack([self._row(step * self._batch_size + row) for row in self._local_rows])
 
     def num_tokens(self, batches: int | None = None) -> int:
         """Tokens (the sum of the loss weights over all processes) of the first `batches` batches, of all if None."""
@@ -78,37 +98,16 @@ class EvaluationFeed:
         return self._stream.window(start, stop, self._length, segments=self._segments)
 
 
-class EncoderDecoderEvaluation:
+class EncoderDecoderEvaluation(RowsInOrder):
     """The whole windows of a stream as examples of an encoder-decoder, in order, the same ones every time.
 
     The last tokens, fewer than a window, are left out; the last batch is padded with rows of loss weight 0.
-
-    Attributes:
-      task, num_batches, vocabulary: as of `EvaluationFeed`.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        objective: EncoderDecoderObjective,
-        batch_size: int,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        self.task, self.vocabulary = stream.task, objective.vocabulary
+    def __init__(self, stream: TokenStream, objective: EncoderDecoderObjective, batch_size: int, **place: int):
         self._windows = sources.WindowSource(stream, objective.window, segments=False)
-        self._objective, self._batch_size = objective, batch_size
-        local = batch_size // process_count
-        self._local_rows = range(process_index * local, (process_index + 1) * local)
-        self.num_batches = -(-len(self._windows) // batch_size)
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.num_batches):
-            yield sources.stack([self._row(step * self._batch_size + row) for row in self._local_rows])
+        self._objective = objective
+        super().__init__(stream.task, objective.vocabulary, len(self._windows), batch_size, **place)
 
     def _row(self, row: int) -> Batch:
         beyond = row >= len(self._windows)
