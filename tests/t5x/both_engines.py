@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pairs_task import PAIRS_TASK
-from t5x import models, utils
+from t5x import models, trainer, utils
 
 from t5x_ssm.integrations.t5x.optimizer_definition import OptimizerDefinition
 from t5x_ssm.integrations.t5x.partitioner import Partitioner
@@ -143,8 +143,8 @@ class Case:
         return TrainState.create(jax.jit(init)(jax.random.key(0)), optimizer())
 
 
-def t5x_initializer(case: Case, model: Any, partitioner: Partitioner) -> utils.TrainStateInitializer:
-    batch = batches(case.task)[0]
+def t5x_initializer(model: Any, partitioner: Partitioner, batch: dict[str, Any]) -> utils.TrainStateInitializer:
+    """For batches of these arrays or shapes."""
     return utils.TrainStateInitializer(
         optimizer_def=model.optimizer_def,
         init_fn=model.get_initial_variables,
@@ -152,6 +152,21 @@ def t5x_initializer(case: Case, model: Any, partitioner: Partitioner) -> utils.T
         input_types={name: array.dtype for name, array in batch.items()},
         partitioner=partitioner,
     )
+
+
+def t5x_train_step(model, state, partitioner, initializer, learning_rate):
+    """T5X's own, jitted."""
+    return trainer.Trainer(
+        model=model,
+        train_state=state,
+        partitioner=partitioner,
+        train_state_axes=initializer.train_state_axes,
+        eval_names=[],
+        summary_dir=None,
+        rng=jax.random.PRNGKey(0),
+        learning_rate_fn=learning_rate,
+        num_microbatches=None,
+    )._partitioned_train_step
 
 
 def restore_in_t5x(checkpoint, partitioner, initializer, model_dir):

@@ -10,7 +10,8 @@ pytest.importorskip("t5x.models", reason="T5X cannot be imported; docs/t5x.md sa
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed (the extra aot)")
 
 import seqio
-from t5x import models, trainer, utils
+from both_engines import t5x_initializer, t5x_train_step
+from t5x import models
 
 from launch.chips import topology_devices
 from t5x_ssm.integrations.t5x.optimizer_definition import OptimizerDefinition, learning_rate_fn
@@ -61,25 +62,9 @@ def test_train_step_compiles(topology, mesh, pattern):
     partitioner = Partitioner(mesh, devices)
     names = ("input_tokens", "target_tokens", "segment_ids", "positions", "loss_weights")
     batch = {f"decoder_{name}": jax.ShapeDtypeStruct((BATCH, LENGTH), np.int32) for name in names}
-    initializer = utils.TrainStateInitializer(
-        optimizer_def=model.optimizer_def,
-        init_fn=model.get_initial_variables,
-        input_shapes={name: array.shape for name, array in batch.items()},
-        input_types={name: array.dtype for name, array in batch.items()},
-        partitioner=partitioner,
-    )
+    initializer = t5x_initializer(model, partitioner, batch)
     state = initializer.global_train_state_shape
-    step = trainer.Trainer(
-        model=model,
-        train_state=state,
-        partitioner=partitioner,
-        train_state_axes=initializer.train_state_axes,
-        eval_names=[],
-        summary_dir=None,
-        rng=jax.random.PRNGKey(0),
-        learning_rate_fn=learning_rate_fn(optimizer),
-        num_microbatches=None,
-    )._partitioned_train_step
+    step = t5x_train_step(model, state, partitioner, initializer, learning_rate_fn(optimizer))
     program = step.lower(state, batch).compile()
 
     memory = program.memory_analysis()

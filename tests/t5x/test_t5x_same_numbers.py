@@ -17,8 +17,8 @@ from both_engines import (
     restore_in_t5x,
     save_natively,
     t5x_initializer,
+    t5x_train_step,
 )
-from t5x import trainer
 
 from t5x_ssm.integrations.t5x.optimizer_definition import Adafactor, learning_rate_fn
 from t5x_ssm.training import checkpoints, restoring
@@ -27,27 +27,12 @@ from t5x_ssm.training.train_step import make_train_step
 pytestmark = [pytest.mark.t5x, pytest.mark.slow]
 
 
-def t5x_train_step(model, state, partitioner, initializer, learning_rate):
-    """T5X's own, jitted."""
-    return trainer.Trainer(
-        model=model,
-        train_state=state,
-        partitioner=partitioner,
-        train_state_axes=initializer.train_state_axes,
-        eval_names=[],
-        summary_dir=None,
-        rng=jax.random.PRNGKey(0),
-        learning_rate_fn=learning_rate,
-        num_microbatches=None,
-    )._partitioned_train_step
-
-
 @pytest.mark.parametrize("case", map(Case, NETWORKS), ids=NETWORKS)
 def test_both_engines_learn_the_same_and_read_each_other(case, tmp_path):
     start = case.start()
     save_natively(tmp_path / "native", start)
     model, partitioner = case.t5x_model(), one_device()
-    initializer = t5x_initializer(case, model, partitioner)
+    initializer = t5x_initializer(model, partitioner, batches(case.task)[0])
     (tmp_path / "t5x").mkdir()
     state, manager = restore_in_t5x(tmp_path / "native/checkpoint_0", partitioner, initializer, tmp_path / "t5x")
 
@@ -93,7 +78,7 @@ def test_both_engines_learn_the_same_and_read_each_other(case, tmp_path):
 def test_t5xs_adafactor_trains_a_hybrid():
     case = Case("gss*3 chunk")
     model, partitioner = case.t5x_model(optimizer_def=Adafactor()), one_device()
-    initializer = t5x_initializer(case, model, partitioner)
+    initializer = t5x_initializer(model, partitioner, batches(case.task)[0])
     state = initializer.from_scratch(jax.random.PRNGKey(0))
     step = t5x_train_step(model, state, partitioner, initializer, lambda step: 0.1)
     losses = []
