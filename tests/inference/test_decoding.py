@@ -167,6 +167,7 @@ def test_several_steps_a_call_draw_the_same():
         _ = left.state
 
 
+@pytest.mark.slow
 def test_a_stream_can_be_left_after_any_token():
     tokens, lengths = prompts(seed=5)
     gen = generator(EVERYTHING)
@@ -225,6 +226,7 @@ def test_full_attention_has_a_capacity_and_says_when_it_does_not_suffice():
     assert written.tolist() == run(gen, tokens, np.array([10]), 2)[0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_copies_share_a_prompt(scan_layers):
     tokens, lengths = prompts(seed=6)

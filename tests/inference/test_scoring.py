@@ -54,6 +54,7 @@ def full_forward(pattern):
     return log_p, logits.argmax(-1) == documents()
 
 
+@pytest.mark.slow
 def test_score_batch_counts_what_has_weight():
     net, params = network()
     log_p, likeliest = full_forward("gss chunk")

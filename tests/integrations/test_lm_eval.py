@@ -88,6 +88,7 @@ def test_log_likelihoods_are_those_of_a_forward_pass():
     np.testing.assert_allclose(rolling, [scored("", text)[0] for text in ("abcde" * 8, "a")], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_generations_are_greedy_and_end_before_a_stop_string():
     contexts = ["ab", "", "cd e", "eeee"]
     free = requests().generate_until([(context, {"max_gen_toks": 20}) for context in contexts])

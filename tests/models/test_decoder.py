@@ -28,6 +28,7 @@ def decoder(pattern="attn", **fields):
     return Decoder(vocab_size=VOCAB, embed_dim=8, pattern=pattern, **fields)
 
 
+@pytest.mark.slow
 def test_t5x_decodes_with_this_cache():
     """The calls of T5X's DecoderOnlyModel, on a stack whose first layer is outside the repeating period."""
     net = decoder("attn gss*2")

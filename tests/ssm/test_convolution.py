@@ -49,6 +49,7 @@ def test_two_transforms_of_half_the_size():
     np.testing.assert_allclose(got, toeplitz_convolution(u, kernel), atol=1e-10)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(starts=st.sets(st.integers(0, 79)), lags=st.sampled_from([80, 20]), method=st.sampled_from(["fft", "matmul"]))
 def test_packed_documents_are_separate_documents(starts, lags, method):

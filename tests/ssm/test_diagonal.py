@@ -348,6 +348,7 @@ def test_float32_accuracy(request, name, length, tolerance):
             assert error < tolerance * np.abs(exact).max(), (way, key)
 
 
+@pytest.mark.slow
 def test_softmax_with_strong_growth():
     """e^{(L-1) Re ΔΛ} = e^300 has no float32; the kernel and its gradients have. The public gradient is wrong here."""
     length = 1000

@@ -351,6 +351,7 @@ def test_float32_kernels_of_legs(method):
     assert (np.abs(value - exact).max(1) < 1e-5 * np.abs(exact).max(1)).all()
 
 
+@pytest.mark.slow
 def test_groups_of_channels_change_nothing(monkeypatch):
     p = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_parameters())
 

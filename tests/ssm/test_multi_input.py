@@ -102,6 +102,7 @@ def assert_trees_close(found, wanted, tolerance):
         np.testing.assert_allclose(x, y, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -80,6 +80,7 @@ def test_a_seed_is_a_corpus():
         sentences(Language("associative_recall", length=2, vocabulary_size=4), "train")
 
 
+@pytest.mark.slow
 def test_the_tasks_train_on_everything_and_score_the_answer():
     pytest.importorskip("seqio")
     tasks.register()
