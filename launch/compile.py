@@ -4,8 +4,8 @@
 
 Compiles the train step of the configuration as it is, for all devices of the topology, and reads memory, FLOPs and collectives
 from the compiled program. Prints the plan and keeps it as JSON under --output_dir, by a hash of the configuration; the same
-question is answered from there. Exits with status 2 when the program does not fit. Times are predictions, see
-`launch.roofline`. Needs libtpu: `pip install 't5x_ssm[aot]'`.
+question is answered from there, as long as the code makes the same program of it. Exits with status 2 when the program does
+not fit. Times are predictions, see `launch.roofline`. Needs libtpu: `pip install 't5x_ssm[aot]'`.
 """
 
 import argparse
@@ -59,19 +59,44 @@ def question(topology: str, slices: int) -> dict[str, Any]:
     }
 
 
-def make_plan(run: dict[str, Any], topology: str, slices: int) -> dict[str, Any]:
-    """Compiles the train step and reads the result.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A train step that is lowered and not yet compiled.
+
+    Attributes:
+      run: of `load`.
+      chip: what it is for.
+      mesh: its devices.
+      trainer: whose step it is.
+      batch: shapes of the global batch.
+      traced: the step with its jaxpr.
+      lowered: the same as StableHLO.
+      seconds, cpu_seconds: what tracing and lowering took.
+    """
+
+    run: dict[str, Any]
+    chip: chips.Chip
+    mesh: jax.sharding.Mesh
+    trainer: trainer_lib.Trainer
+    batch: dict[str, jax.ShapeDtypeStruct]
+    traced: jax.stages.Traced
+    lowered: jax.stages.Lowered
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def digest(self) -> str:
+        """Stands for the program as the code of today writes it: no names of files or lines are in it."""
+        return hashlib.sha256(self.lowered.as_text().encode()).hexdigest()[:16]
+
+
+def lower(run: dict[str, Any], topology: str, slices: int) -> Program:
+    """Traces and lowers the train step, which takes seconds where compiling takes minutes.
 
     Args:
       run: of `load`.
       topology: such as 'v5p:4x4x8'.
       slices: how many such slices, joined over the data-centre network.
-
-    Returns:
-      The plan, JSON-able; bytes, FLOPs and seconds are those of one device and one step.
-
-    Raises:
-      DoesNotFit: names the largest arrays and what to change.
     """
     from t5x_ssm.train import batch_shapes
 
@@ -87,17 +112,35 @@ def make_plan(run: dict[str, Any], topology: str, slices: int) -> dict[str, Any]
     start, cpu_start = time.monotonic(), time.process_time()
     with jax.set_mesh(mesh):
         traced = trainer.train_step.trace(trainer.abstract_state, batch)
+        lowered = traced.lower()
+    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
+    return Program(run, chip, mesh, trainer, batch, traced, lowered, seconds, cpu_seconds)
+
+
+def make_plan(program: Program) -> dict[str, Any]:
+    """Compiles the train step and reads the result.
+
+    Returns:
+      The plan, JSON-able; bytes, FLOPs and seconds are those of one device and one step.
+
+    Raises:
+      DoesNotFit: names the largest arrays and what to change.
+    """
+    run, chip, mesh, batch = program.run, program.chip, program.mesh, program.batch
+    start, cpu_start = time.monotonic(), time.process_time()
+    with jax.set_mesh(mesh):
         try:
-            compiled = traced.lower().compile()
+            compiled = program.lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise DoesNotFit(_refusal(str(error), traced.jaxpr.jaxpr)) from error
-    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
+            raise DoesNotFit(_refusal(str(error), program.traced.jaxpr.jaxpr)) from error
+    seconds = program.seconds + time.monotonic() - start
+    cpu_seconds = program.cpu_seconds + time.process_time() - cpu_start
 
     costs = hlo.costs(compiled.as_text(), mesh.shape)
     memory = compiled.memory_analysis()
-    state = trainer.abstract_state
+    state = program.trainer.abstract_state
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     used = (
         memory.argument_size_in_bytes
@@ -140,13 +183,21 @@ def make_plan(run: dict[str, Any], topology: str, slices: int) -> dict[str, Any]
 
 
 def cached_plan(run: dict[str, Any], name: str, topology: str, slices: int, folder: pathlib.Path) -> dict[str, Any]:
-    """`make_plan`, or what it answered before to the same question."""
+    """`make_plan`, or what it answered before to the same question about the same program.
+
+    The file's name stands for the question and its `program` for the lowered train step, so that an edit of the code makes
+    those plans anew whose program it changes, in their old places, and no others.
+    """
     asked = question(topology, slices)
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{name}_{topology.replace(':', '_')}{f'_x{slices}' if slices > 1 else ''}_{digest}.json"
+    program = lower(run, topology, slices)
     if path.is_file():
-        return json.loads(path.read_text())
-    plan = {"name": name, **asked, **make_plan(run, topology, slices)}
+        plan = json.loads(path.read_text())
+        if plan.get("program") == program.digest:
+            return plan
+        print(f"{path.name} is of another program than the code makes now; compiling this one", flush=True)
+    plan = {"name": name, **asked, "program": program.digest, **make_plan(program)}
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(plan, indent=1) + "\n")

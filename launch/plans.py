@@ -5,8 +5,9 @@
     python -m launch.plans --weak_scaling=gss_7b    this model at 8,192 tokens a chip, over ever more chips
     python -m launch.plans --table_only             from the plans that are there
 
-Each plan is a process of its own and a JSON file in docs/plans: an interrupted run goes on where it was. The tables hold what was
-compiled and nothing else; a file whose configuration has changed since is not of this table and is removed by hand.
+Each plan is a process of its own and a JSON file in docs/plans: an interrupted run goes on where it was, and a plan whose program
+the code has changed is made anew. The tables hold what was compiled and nothing else; a file whose configuration has changed since
+is not of this table and is removed by hand.
 """
 
 import argparse
@@ -36,19 +37,27 @@ class Question:
     bindings: tuple[str, ...] = ()
 
 
-# The largest that matter come first.
+# Of each size the quickest to compile come first.
 POD = "v5p:4x4x8"
 PLANS = [
-    *(Question(name, POD) for name in ("gss_7b", "transformer_7b", "gss_hybrid_7b", "spade_lm_7b", "h3_2_7b", "h3_7b")),
-    *(Question(f"{system}_{size}", POD) for size in ("13b", "30b") for system in ("gss", "gss_hybrid")),
-    *(Question(name, POD) for name in ("spade_lm_13b", "spade_3b", "spade_11b", "spade_base", "spade_large")),
-    *(Question(f"{system}_{size}", POD) for size in ("1_3b", "2_7b") for system in ("gss", "gss_hybrid")),
-    *(Question(name, POD) for name in ("spade_lm_1_3b", "h3_1_3b", "transformer_1_3b")),
+    *(Question(f"{name}_1_3b", POD) for name in ("gss", "h3", "transformer", "gss_hybrid", "spade_lm")),
+    *(Question(f"{name}_2_7b", POD) for name in ("gss", "h3", "gss_hybrid")),
+    Question("spade_base", POD),
+    Question("spade_large", POD),
+    *(Question(f"{name}_7b", POD) for name in ("gss", "transformer", "gss_hybrid", "h3", "spade_lm")),
+    # Other generations; a v5e holds 16 GiB, so there are more of them.
+    *(Question("gss_7b", topology) for topology in ("v4:4x4x8", "v5e:16x16", "v6e:8x16")),
+    Question("spade_3b", POD),
+    *(Question(f"{name}_13b", POD) for name in ("gss", "gss_hybrid", "spade_lm")),
+    Question("spade_11b", POD),
+    *(Question(f"{name}_30b", POD) for name in ("gss", "gss_hybrid")),
     Question("gss_hybrid_1_3b_1m", "v5p:4x4x4"),
 ]
 
 WEAK_TOPOLOGIES = ("4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 WEAK_ROWS = 2  # of 4,096 tokens on each chip
+# Of the peak: what is predicted below it is explained.
+HALF = 0.5
 
 
 def weak_scaling(name: str) -> list[Question]:
@@ -70,9 +79,7 @@ def table(plans: Sequence[dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     rows = []
-    for plan in sorted(
-        plans, key=lambda plan: (plan["name"].rstrip("0123456789_bm"), plan["parameters"], plan["topology"])
-    ):
+    for plan in sorted(plans, key=_order):
         predicted, size = plan["predicted"], plan["bytes"]
         seconds, used = predicted["seconds"], predicted["utilisation"]
         rows.append(
@@ -83,6 +90,32 @@ def table(plans: Sequence[dict]) -> str:
             f"| {used['in_turn']:.0%} to {used['overlapped']:.0%} | {_compiled_in(plan)} |\n"
         )
     return head + "".join(rows)
+
+
+def bounds_table(plans: Sequence[dict]) -> str:
+    """Of plans under half of the peak where nothing overlaps: where the seconds of a step go, as Markdown; '' for none.
+
+    The model's own arithmetic is what utilisation counts. What else is computed is that of rematerialization, of state spaces
+    between their projections, and of passes of the matrix unit beyond one.
+    """
+    parts = {"hbm": "memory traffic", "interconnect": "interconnect", "network": "network"}
+    rows = []
+    for plan in sorted(plans, key=_order):
+        seconds, used = plan["predicted"]["seconds"], plan["predicted"]["utilisation"]
+        if used["in_turn"] >= HALF:
+            continue
+        own = used["in_turn"] * seconds["in_turn"]
+        beside = {"more arithmetic": seconds["compute"] - own, **{text: seconds[key] for key, text in parts.items()}}
+        most = max(beside, key=beside.get)
+        if used["overlapped"] < HALF:
+            most += ", however well it overlaps"
+        columns = [plan["name"], _slices(plan), f"{used['in_turn']:.0%} to {used['overlapped']:.0%}"]
+        columns += [f"{value:.2f} s" for value in (own, *beside.values())]
+        rows.append(f"| {' | '.join([*columns, most])} |\n")
+    if not rows:
+        return ""
+    head = ["model", "devices", "MFU", "the model's arithmetic", "more arithmetic", *parts.values(), "most of the rest"]
+    return f"| {' | '.join(head)} |\n{'|---' * len(head)}|\n" + "".join(rows)
 
 
 def weak_table(plans: Sequence[dict]) -> str:
@@ -101,6 +134,10 @@ def weak_table(plans: Sequence[dict]) -> str:
     return head + "".join(rows)
 
 
+def _order(plan: dict) -> tuple:
+    return plan["name"].rstrip("0123456789_bm"), plan["parameters"], plan["topology"]
+
+
 def _slices(plan: dict) -> str:
     return f"{plan['slices']} x {plan['topology']}" if plan["slices"] > 1 else plan["topology"]
 
@@ -115,7 +152,7 @@ def _compiled_in(plan: dict) -> str:
 
 
 # What is written into the document: the name of a pair of comments, the plans, and how they become text.
-TABLES = (("plans", FOLDER, table), ("weak scaling", WEAK_FOLDER, weak_table))
+TABLES = (("plans", FOLDER, table), ("bounds", FOLDER, bounds_table), ("weak scaling", WEAK_FOLDER, weak_table))
 
 
 def write_tables(document: pathlib.Path = DOCUMENT) -> None:
@@ -125,7 +162,8 @@ def write_tables(document: pathlib.Path = DOCUMENT) -> None:
         plans = [json.loads(path.read_text()) for path in folder.glob("*.json")]
         begin, end = f"<!-- {name}: written by launch.plans -->\n", f"<!-- end of {name} -->\n"
         before, after = text.split(begin)[0], text.split(end)[1]
-        text = before + begin + ("\n" + make(plans) + "\n" if plans else "") + end + after
+        made = make(plans) if plans else ""
+        text = before + begin + (f"\n{made}\n" if made else "") + end + after
     document.write_text(text)
 
 

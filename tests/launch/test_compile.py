@@ -64,9 +64,16 @@ def test_a_small_model_is_planned_and_the_plan_is_kept(tmp_path):
     assert {c["axes"] for c in plan["collectives"]} <= {"fsdp", "model", "fsdp+model"}
     assert "predicted, not measured" in done.stdout and "all-" in done.stdout
 
-    # The same question again is answered from the file.
+    # The same question again is answered from the file, unless that is of another program.
     path.write_text(json.dumps({**plan, "parameters": 12345}))
     assert "12,345 parameters" in compile_plan(tmp_path, "--topology=v5e:2x4").stdout
+    path.write_text(json.dumps({**plan, "parameters": 12345, "program": "of other code"}))
+    assert f"{plan['parameters']:,} parameters" in compile_plan(tmp_path, "--topology=v5e:2x4").stdout
+    again = json.loads(path.read_text())
+    timing = ("compile_seconds", "compile_cpu_seconds")
+    assert {name: again[name] for name in again if name not in timing} == {
+        name: plan[name] for name in plan if name not in timing
+    }
 
 
 @needs_libtpu

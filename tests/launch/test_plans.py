@@ -83,6 +83,22 @@ def test_tables_say_what_plans_say():
     assert "| v5p:8x8x8 | 512 | 8192 |" in rows[3]
 
 
+def test_what_is_predicted_under_half_of_the_peak_is_explained():
+    seconds = {"compute": 1.0, "hbm": 0.7, "interconnect": 0.2, "network": 0.1, "overlapped": 1.0, "in_turn": 2.0}
+    slow = plan() | {"predicted": {"seconds": seconds, "utilisation": {"overlapped": 0.8, "in_turn": 0.4}}}
+    assert plans.bounds_table([slow]).splitlines()[2:] == [
+        "| gss_7b | v5p:4x4x8 | 40% to 80% | 0.80 s | 0.20 s | 0.70 s | 0.20 s | 0.10 s | memory traffic |"
+    ]
+    # Half of the peak is enough.
+    fast = plan() | {"predicted": {"seconds": seconds, "utilisation": {"overlapped": 1.0, "in_turn": 0.5}}}
+    assert plans.bounds_table([fast]) == ""
+    # 0.3 s of the model's arithmetic in steps of 1 s at best.
+    never = {"compute": 0.4, "hbm": 1.0, "interconnect": 0.1, "network": 0.0, "overlapped": 1.0, "in_turn": 1.5}
+    small = plan() | {"predicted": {"seconds": never, "utilisation": {"overlapped": 0.3, "in_turn": 0.2}}}
+    (line,) = plans.bounds_table([small, fast]).splitlines()[2:]
+    assert line.endswith("| 0.30 s | 0.10 s | 1.00 s | 0.10 s | 0.00 s | memory traffic, however well it overlaps |")
+
+
 def test_weak_scaling_keeps_the_tokens_of_a_chip():
     questions = plans.weak_scaling("gss_7b")
     chips = [plans.math.prod(map(int, q.topology[4:].split("x"))) * q.slices for q in questions]
