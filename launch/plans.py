@@ -105,7 +105,7 @@ def bounds_table(plans: Sequence[dict]) -> str:
         if used["in_turn"] >= HALF:
             continue
         own = used["in_turn"] * seconds["in_turn"]
-        beside = {"more arithmetic": seconds["compute"] - own, **{text: seconds[key] for key, text in parts.items()}}
+        beside = {"more arithmetic": seconds["compute"] - own, **{text: seconds.get(key, 0.0) for key, text in parts.items()}}
         most = max(beside, key=beside.get)
         if used["overlapped"] < HALF:
             most += ", however well it overlaps"
