@@ -12,8 +12,9 @@ import setuptools
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "t5x_ssm/__init__.py").read_text()).group(1)
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
-# What single formats of corpora and vocabularies need.
-DATA = ["pyarrow>=18", "tokenizers>=0.20,<1", "zstandard>=0.22,<1"]
+# What single formats of corpora and vocabularies need; TFDS imports importlib_resources and does not say so.
+DATA = ["importlib_resources>=6", "pyarrow>=18", "tokenizers>=0.20,<1", "zstandard>=0.22,<1"]
+ROUGE = "rouge-score>=0.1.2,<1"  # a metric of summaries
 
 setuptools.setup(
     name="t5x_ssm",
@@ -46,7 +47,7 @@ setuptools.setup(
     extras_require={
         "data": DATA,
         "aot": ["libtpu>=0.0.42,<0.1"],  # the TPU compiler, for launch.compile on any machine
-        "eval": ["lm_eval>=0.4.9,<0.5"],
+        "eval": ["lm_eval>=0.4.9,<0.5", ROUGE],
         "export": ["safetensors>=0.4.5,<1"],
         "docs": DOCS,
         "plots": ["matplotlib>=3.9,<4"],
@@ -66,6 +67,7 @@ setuptools.setup(
             "matplotlib>=3.9,<4",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
+            ROUGE,
             "ruff>=0.8",
             "safetensors>=0.4.5,<1",
         ],

@@ -19,6 +19,9 @@ REGISTERING_MODULES = (
     "tasks.corpora.pile",
     "tasks.corpora.mixtures",
     "tasks.long_range_arena.registered",
+    "tasks.pairs.summarization",
+    "tasks.pairs.glue",
+    "tasks.pairs.superglue",
 )
 
 

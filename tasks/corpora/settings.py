@@ -14,6 +14,7 @@ import gin
 from tasks.cache_files import CacheError
 
 VOCABULARY_VARIABLE = "T5X_SSM_VOCABULARY"
+TFDS = "tfds:"
 
 
 class CorpusError(CacheError):
@@ -46,12 +47,31 @@ def location(corpus: str) -> pathlib.Path:
     Raises:
       CorpusError: if it is not set, or there is nothing; the message names the setting.
     """
-    with gin.config_scope(corpus):
-        given = _location()
-    path = given or os.environ.get(variable(corpus))
-    how = f"${variable(corpus)} (or {corpus}/corpora.location.path in gin)"
+    path, how = _given(corpus), _how(corpus)
     if not path:
         raise CorpusError(f"Where is the corpus {corpus!r}? Set {how} to its folder.")
     if not os.path.exists(path):
         raise CorpusError(f"{how} is {path!r}, which does not exist.")
     return pathlib.Path(path)
+
+
+def tfds_name(corpus: str, subset: str | None = None) -> str | None:
+    """The TFDS data set that stands where a folder could: 'tfds:glue:2.0.0' and 'sst2' are 'glue/sst2:2.0.0'; None for a
+    folder."""
+    given = _given(corpus) or ""
+    if not given.startswith(TFDS):
+        return None
+    name, colon, version = given.removeprefix(TFDS).partition(":")
+    if not name:
+        raise CorpusError(f"{_how(corpus)} is {given!r}; the name of a TFDS data set is missing.")
+    return f"{name}{'/' + subset if subset else ''}{colon}{version}"
+
+
+def _given(corpus: str) -> str | None:
+    with gin.config_scope(corpus):
+        given = _location()
+    return given or os.environ.get(variable(corpus))
+
+
+def _how(corpus: str) -> str:
+    return f"${variable(corpus)} (or {corpus}/corpora.location.path in gin)"
