@@ -33,6 +33,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1,<3",
         "flax>=0.12.8,<0.13",
+        "fsspec>=2024.6",
         "gin-config>=0.5,<0.6",
         "grain>=0.2.18,<0.3",
         "jax>=0.10.2,<0.12",
@@ -50,6 +51,7 @@ setuptools.setup(
         "eval": ["lm_eval>=0.4.9,<0.5", ROUGE],
         "export": ["safetensors>=0.4.5,<1"],
         "docs": DOCS,
+        "gcs": ["gcsfs>=2024.6"],  # token caches at gs://
         "plots": ["matplotlib>=3.9,<4"],
         # What T5X imports and the index has; T5X itself is not there, see docs/t5x.md.
         "t5x": [

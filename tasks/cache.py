@@ -3,7 +3,8 @@
     python -m tasks.cache --mixture=NAME [--output_dir=DIR] [--processes=N] [--module=MODULE]
                           [--gin_file=FILE] [--gin.NAME=VALUE]
 
-The output does not depend on --processes. Killed and started again, it goes on with the shards that were not finished.
+DIR may be of an object store (gs://bucket/folder): then the cache is made in this machine's cache folder, and copied
+(`tasks.cache_store`). The output does not depend on --processes. Killed and started again, it goes on with the shards that were not finished.
 `tasks.cache_files` has the layout. A task's folder appears whole by one rename, so a killed or concurrent run leaves
 nothing half-made behind that could be taken for a cache. The fingerprint covers the task's name, source, preprocessors and
 vocabulary. Reading needs only numpy: seqio is imported when a cache is made.
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tasks import cache_store
 from tasks.cache_files import (
     FEATURE,
     FORMAT,
@@ -50,9 +52,22 @@ __all__ = [
 ]
 
 
+# In the cache folder: copies of what is small of caches in stores.
+STORES = "stores"
+
+
 def default_cache_dir() -> pathlib.Path:
-    """$T5X_SSM_CACHE_DIR, else t5x_ssm in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    """$T5X_SSM_CACHE_DIR, else t5x_ssm in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache).
+
+    Raises:
+      CacheError: that variable names a store.
+    """
     if own := os.environ.get("T5X_SSM_CACHE_DIR"):
+        if cache_store.is_url(own):
+            raise CacheError(
+                f"T5X_SSM_CACHE_DIR is {own!r}; it is the cache folder of this machine. A store is named by DatasetConfig."
+                "cache_dir and by --output_dir."
+            )
         return pathlib.Path(own)
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "t5x_ssm"
 
@@ -62,12 +77,18 @@ def find(name: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path 
 
     Its files are not looked into; where a task's whole folder was removed, there is no cache.
 
+    Args:
+      name: the mixture's or task's name.
+      cache_dir: where caches lie, a folder or the URL of a store; `default_cache_dir()` if None.
+
     Returns:
-      The path of its mixture file (DIR/NAME/FINGERPRINT.json).
+      The path of its mixture file (DIR/NAME/FINGERPRINT.json); of a store's, that in this machine's copy.
 
     Raises:
-      CacheError: if that file cannot be read.
+      CacheError: if that file, or the store, cannot be read.
     """
+    if cache_dir and cache_store.is_url(cache_dir):
+        cache_dir = cache_store.mirror(name, str(cache_dir), default_cache_dir() / STORES)
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     paths = (cache_dir / name).glob("*.json")
     for path in sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
@@ -95,13 +116,13 @@ def build(
     Args:
       name: a registered seqio task or mixture whose only feature is `targets`, or of labelled tasks (see
         `tasks.cache_files`), whose `targets` have a `seqio.PassThroughVocabulary` of as many ids as there are classes.
-      cache_dir: where caches lie; `default_cache_dir()` if None.
+      cache_dir: where caches lie, a folder or the URL of a store; `default_cache_dir()` if None.
       modules: modules whose import registers tasks; `tasks` stands for all of this package's.
       processes: how many work at once; above 1, `modules` have to register the tasks in each.
       gin_files, gin_bindings: settings of the corpora, which those processes need too.
 
     Returns:
-      The path of the mixture file.
+      The path of the mixture file; of a store's, that in this machine's copy.
 
     Raises:
       CacheError: for an unknown name (with the nearest ones), other features, a rate that is not positive, tasks of
@@ -112,6 +133,11 @@ def build(
 
     if processes < 1:
         raise CacheError(f"--processes={processes}; it must be at least 1.")
+    if cache_dir and cache_store.is_url(cache_dir):
+        cache_store.Store(str(cache_dir))  # A package that is missing is better missed before the work than after it.
+        settings = {"modules": modules, "processes": processes, "gin_files": gin_files, "gin_bindings": gin_bindings}
+        cache_store.publish(build(name, **settings), str(cache_dir))
+        return find(name, cache_dir)
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     prepare = functools.partial(_prepare, tuple(modules), tuple(gin_files), tuple(gin_bindings))
     prepare()

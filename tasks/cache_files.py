@@ -23,12 +23,17 @@ import pathlib
 import platform
 from typing import Any
 
+import numpy as np
+
 FORMAT = 2
 FEATURE = "targets"
 # Of labelled tasks: the features whose documents are classified together.
 LABELLED_FEATURES = (("inputs",), ("inputs", "inputs2"))
 LABELS_FILE = "labels.npy"
-DATA_FILES = ("tokens.bin", "offsets.npy", "bytes.npy")
+TOKENS, MANIFEST = "tokens.bin", "manifest.json"
+DATA_FILES = (TOKENS, "offsets.npy", "bytes.npy")
+# Stands for a shard's tokens in the copy of a cache that lies in a store, see `tasks.cache_store`.
+TOKENS_URL = "tokens.url"
 
 
 class CacheError(ValueError):
@@ -72,14 +77,24 @@ def check_shard(directory: pathlib.Path, shard: dict[str, Any], repair: str, *, 
     """Checks a shard's files against its manifest; as `check`, whose messages end with `repair`."""
     for name, expected in shard["files"].items():
         path = directory / name
+        pointer = directory / TOKENS_URL
+        stored = name == TOKENS and pointer.is_file()
         try:
-            size = path.stat().st_size
+            size = json.loads(pointer.read_text())["size"] if stored else path.stat().st_size
         except OSError:
             raise CacheError(f"The token cache file {path} is missing. {repair}") from None
         if size != expected["size"]:
             raise CacheError(f"The token cache file {path} has {size} bytes instead of {expected['size']}. {repair}")
-        if checksums and sha256(path) != expected["sha256"]:
+        if checksums and _checksum(path, pointer if stored else None) != expected["sha256"]:
             raise CacheError(f"The token cache file {path} does not have its recorded checksum. {repair}")
+
+
+def _checksum(path: pathlib.Path, pointer: pathlib.Path | None) -> str:
+    if pointer is None:
+        return sha256(path)
+    from tasks import cache_store
+
+    return cache_store.StoredTokens(pointer, np.dtype(np.uint8)).sha256()
 
 
 def version(name: str) -> str | None:

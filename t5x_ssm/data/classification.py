@@ -11,7 +11,7 @@ from t5x_ssm.data.evaluation_feeds import RowsInOrder
 from t5x_ssm.data.indexed import IndexedRows
 from t5x_ssm.data.token_stream import Batch
 from t5x_ssm.errors import DataError
-from tasks import cache_files
+from tasks import cache_files, cache_store
 
 
 class LabelledExamples:
@@ -50,7 +50,7 @@ class LabelledExamples:
             labels = np.load(folder / cache_files.LABELS_FILE, mmap_mode="r")
             if not len(labels):
                 continue
-            tokens = np.memmap(folder / "tokens.bin", np.dtype(manifest["dtype"]), mode="r")
+            tokens = cache_store.open_tokens(folder, np.dtype(manifest["dtype"]))
             self._shards.append((tokens, np.load(folder / "offsets.npy", mmap_mode="r"), labels))
             digest.update("".join(file["sha256"] for _, file in sorted(shard["files"].items())).encode())
         self.checksum: str = digest.hexdigest()

@@ -57,7 +57,7 @@ class DatasetConfig:
       module: a module to import for its registrations, when seqio is needed at all. Deprecated in T5X, where gin
         files import modules.
       source: 'cache' (the token cache, made if it is missing) or 'seqio' (the live pipeline).
-      cache_dir: where token caches lie; None means `tasks.cache.default_cache_dir()`.
+      cache_dir: where token caches lie, a folder or the URL of a store (gs://…); None means `tasks.cache.default_cache_dir()`.
       objective: 'language_model' for decoders. For encoder-decoders 'span_corruption' or 'prefix_lm' over a token cache
         (see `t5x_ssm.data.encoder_decoder`), or 'sequence_to_sequence' for a live task with inputs and targets. For
         classifiers 'classification', of a task whose targets are class ids (see `t5x_ssm.data.classification`).
@@ -347,7 +347,7 @@ def check_vocabulary(
 def _open_cache(
     config: DatasetConfig, process_index: int, process_count: int, barrier: Callable[[], None] | None
 ) -> sources.CachedMixture:
-    name, cache_dir = config.mixture_or_task_name, pathlib.Path(config.cache_dir or cache.default_cache_dir())
+    name, cache_dir = config.mixture_or_task_name, config.cache_dir or cache.default_cache_dir()
     path = cache.find(name, cache_dir)
     if process_count > 1 and barrier is not None:
         try:
@@ -374,7 +374,7 @@ def _open_cache(
     return mixture
 
 
-def _make_cache(name: str, cache_dir: pathlib.Path, module: str | None) -> pathlib.Path:
+def _make_cache(name: str, cache_dir: str | os.PathLike, module: str | None) -> pathlib.Path:
     """Runs `tasks.cache`: here if the program has registered the task itself, else in a process of its own.
 
     The other process keeps TensorFlow's memory, threads and claim on accelerators out of a training process.

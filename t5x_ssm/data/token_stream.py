@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from t5x_ssm.errors import DataError
-from tasks import cache_files
+from tasks import cache_files, cache_store
 
 Batch = dict[str, np.ndarray]
 
 
 class TokenStream:
-    """One split of one cached task, memory-mapped: opening it reads manifests, however long it is.
+    """One split of one cached task, memory-mapped (of a store, read by ranges): opening it reads manifests, however long it is.
 
     Attributes:
       task: the task's name.
@@ -44,7 +44,7 @@ class TokenStream:
         for index, shard in shards:
             folder = directory / cache_files.shard_name(index)
             digest.update("".join(shard["files"][name]["sha256"] for name in ("tokens.bin", "offsets.npy")).encode())
-            tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+            tokens = cache_store.open_tokens(folder, dtype)
             offsets = np.load(folder / "offsets.npy", mmap_mode="r")
             if not tokens.size == shard["tokens"] == offsets[-1] or len(offsets) != shard["documents"] + 1:
                 raise DataError(
