@@ -218,8 +218,18 @@ def table(results: dict[str, Any]) -> str:
         cells = [cell for column in columns for cell in (ours(system, column), paper(system, column))]
         lines.append(f"| {system} | {' | '.join(cells)} |")
     runs = [run for of in results["systems"].values() for run in of.values()]
-    epochs = {name: sorted({of[name]["epochs"] for of in results["systems"].values() if name in of}) for name in EPOCHS}
     machine = results["machine"]
+
+    def how(name):
+        """Lines on how a language was trained: a command for each number of epochs."""
+        found = {of[name]["epochs"]: of[name]["command"] for of in results["systems"].values() if name in of}
+        if not found:
+            return [f"- {name}: not trained yet; the command with --languages={name} adds it to the table."]
+        return [
+            f"- {name}: {epochs} epochs of the paper's {EPOCHS[name]}, the schedule shortened with them. `{found[epochs]}`"
+            for epochs in sorted(found)
+        ]
+
     return "\n".join(
         [
             "# Synthetic languages",
@@ -229,13 +239,8 @@ def table(results: dict[str, Any]) -> str:
             "",
             *lines,
             "",
-            f"- Command: `{results['command']}`; seeds {', '.join(map(str, results['seeds']))}.",
-            *(
-                f"- {name}: {' or '.join(map(str, found))} epochs of the paper's {EPOCHS[name]}, the schedule shortened with them."
-                if found
-                else f"- {name}: not trained yet; the command with --languages={name} adds it to the table."
-                for name, found in epochs.items()
-            ),
+            *(line for name in EPOCHS for line in how(name)),
+            f"- Seeds {', '.join(map(str, results['seeds']))}.",
             "- A schedule shorter than the paper's ends before a network has learnt what it can: a figure below the paper's is then no",
             "  evidence against it.",
             f"- {sum(run['seconds'] for run in runs):,.0f} seconds of training on {machine['cores']} cores ({machine['processor']}), "
@@ -261,23 +266,21 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     path, page = arguments.output_dir / "synthetics.json", arguments.output_dir / "synthetics.md"
-    results: dict[str, Any] = {
-        "command": f"python -m benchmarks.synthetics --share={arguments.share:g} --seeds={arguments.seeds} "
-        f"--learning_rate={arguments.learning_rate:g} --start={arguments.start}",
-        "seeds": seeds,
-        "machine": report.machine(),
-        "systems": {},
-    }
+    results: dict[str, Any] = {"seeds": seeds, "machine": report.machine(), "systems": {}}
     if path.exists():
-        # What another call of the same command has trained already stays.
+        # What other calls have trained from the same seeds stays.
         before = json.loads(path.read_text())
-        if before["command"] == results["command"]:
+        if before["seeds"] == seeds:
             results["systems"] = before["systems"]
     for name in arguments.languages.split(","):
         for system in arguments.systems.split(","):
             epochs = max(1, round(arguments.share * EPOCHS[name]))
             run = train(system, name, seeds, epochs, arguments.learning_rate, arguments.start)
-            results["systems"].setdefault(system, {})[name] = run
+            command = (
+                f"python -m benchmarks.synthetics --languages={name} --share={arguments.share:g} --seeds={arguments.seeds} "
+                f"--learning_rate={arguments.learning_rate:g} --start={arguments.start}"
+            )
+            results["systems"].setdefault(system, {})[name] = {"command": command, **run}
             path.write_text(json.dumps(results, indent=1) + "\n")
             page.write_text(table(results))
     print(page.read_text())
