@@ -10,6 +10,9 @@ of tokens before it. Of a classifier these are loss and accuracy.
 
 Windows run over the ends of documents. As in training, the state is zero where a document begins; with --across_documents it is
 carried on, so that a window of length L is L tokens of context however short its documents are.
+
+A run of several processes (`launch.local --module=t5x_ssm.eval`, `t5x_ssm.parallel.processes`) shares every batch out over all their
+devices, as training does.
 """
 
 import argparse
@@ -32,9 +35,9 @@ from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.errors import UserError
 from t5x_ssm.models.objectives import cross_entropy
 from t5x_ssm.parallel import mesh as mesh_lib
-from t5x_ssm.parallel import rules
+from t5x_ssm.parallel import processes, rules
 from t5x_ssm.train import batch_shapes, use_compilation_cache
-from t5x_ssm.training import restoring, run_folder
+from t5x_ssm.training import consensus, restoring, run_folder
 from t5x_ssm.training.evaluation import sum_over_batches
 from t5x_ssm.training.metrics import summarise_sums
 from t5x_ssm.training.sharded_state import abstract_mutables, abstract_parameters
@@ -95,7 +98,9 @@ def evaluate(
     for setting, length, _ in windows:
         if length < 1:
             raise UserError(f"evaluate.{setting} has {length}; a window has at least 1 token.")
-    by_position = jax.jit(lambda params, batch: _sums_by_position(model, params, batch))
+    # Every process reads the sums, so each has all of them.
+    whole = jax.sharding.NamedSharding(device_mesh, jax.sharding.PartitionSpec())
+    by_position = jax.jit(lambda params, batch: _sums_by_position(model, params, batch), out_shardings=whole)
     params = None
     tables: dict[str, dict[str, dict[str, Any]]] = {"lengths": {}, "across_documents": {}}
     with jax.set_mesh(device_mesh):
@@ -108,7 +113,7 @@ def evaluate(
             )
             shapes = batch_shapes(cfg)
             check_batch(shapes, device_mesh, 1)
-            feeds = feed_lib.open_evaluation(cfg, process_index=jax.process_index(), process_count=jax.process_count())
+            feeds = _open(cfg)
             if params is None:
                 restored = restoring.restore_parameters(
                     checkpoint_path, abstract_parameters(model, shapes, device_mesh)
@@ -135,7 +140,7 @@ def _classes(
     """The checkpoint, and the figures of every task of a classifier."""
     shapes = batch_shapes(cfg)
     check_batch(shapes, mesh, 1)
-    feeds = feed_lib.open_evaluation(cfg, process_index=jax.process_index(), process_count=jax.process_count())
+    feeds = _open(cfg)
     step = jax.jit(make_eval_step(model))
     results = {}
     with jax.set_mesh(mesh):
@@ -154,6 +159,12 @@ def _classes(
                     f"{task:28} loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}  {line['examples']:,} examples"
                 )
     return restored.path, results
+
+
+def _open(cfg: feed_lib.DatasetConfig) -> dict[str, Any]:
+    """The feed of every held-out task, on all processes or on none."""
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return consensus.succeed_together(lambda: feed_lib.open_evaluation(cfg, barrier=consensus.barrier, **place))
 
 
 def _write(folder: pathlib.Path, checkpoint: Any, split: str, tables: dict[str, Any]) -> None:
@@ -229,6 +240,7 @@ def main(argv: Sequence[str]) -> int:
     """Configures `evaluate` from the command line and runs it."""
     parser = argparse.ArgumentParser(prog="python -m t5x_ssm.eval", description=__doc__)
     parser.add_argument("--model_dir", help="a run folder: its configuration and newest checkpoint")
+    processes.add_flags(parser)
     parser.add_argument("--lengths", help="comma-separated window lengths")
     parser.add_argument(
         "--across_documents", help="lengths to evaluate as running text, carrying the state over documents"
@@ -236,6 +248,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", help="where eval_results.json goes; MODEL_DIR/evaluation by default")
     arguments = config_lib.parse_arguments(argv, parser)
     options = arguments.options
+    processes.join(options)
     from t5x_ssm.eval import evaluate as configured
 
     config_lib.load_run(arguments, "runs/eval.gin")

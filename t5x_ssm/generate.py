@@ -77,7 +77,7 @@ def open_writer(*, model: Any, checkpoint_path: str, mixture_or_task_name: str) 
 
 
 def restore_network(model: Any, checkpoint_path: str) -> restoring.RestoredParameters:
-    """Parameters of `model` from a checkpoint or a run folder, on one device.
+    """Parameters of `model` from a checkpoint or a run folder, on one device; of several processes, on one of each.
 
     Raises:
       UserError: it is a classifier.
@@ -85,9 +85,12 @@ def restore_network(model: Any, checkpoint_path: str) -> restoring.RestoredParam
     if isinstance(model, Classification):
         raise UserError("MODEL is a classifier, which writes no text; python -m t5x_ssm.eval tells its accuracy.")
     use_compilation_cache()
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    firsts = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = mesh_lib.make_mesh(devices=[firsts[process] for process in sorted(firsts)])
     shapes = {"decoder_input_tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
-    return restoring.restore_parameters(checkpoint_path, abstract_parameters(model, shapes, mesh))
+    restored = restoring.restore_parameters(checkpoint_path, abstract_parameters(model, shapes, mesh))
+    # Along `data`, the mesh's only axis, they are whole on every device.
+    return restored._replace(params=jax.tree.map(lambda leaf: leaf.addressable_data(0), restored.params))
 
 
 def byte_codec() -> TextCodec:
