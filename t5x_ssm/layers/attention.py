@@ -183,7 +183,8 @@ class Attention(nn.Module):
         """Softmax attention: q [.., Q, heads, D], k and v [.., K, kv_heads, D], visible bool [.., Q, K]."""
         groups = q.shape[-2] // k.shape[-2]
         q = q.reshape(*q.shape[:-2], k.shape[-2], groups, q.shape[-1])
-        logits = jnp.einsum("...qhgd,...khd->...hgqk", q, k, preferred_element_type=jnp.float32)
+        at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
+        logits = jnp.einsum("...qhgd,...khd->...hgqk", q, k, preferred_element_type=at_least_float32)
         if bias is not None:
             added = bias(q_pos, k_pos)  # [.., heads, Q, K]
             logits = logits + added.reshape(*added.shape[:-3], k.shape[-2], groups, *added.shape[-2:])

@@ -126,11 +126,10 @@ class LearnedPositions(nn.Module):
 
 def rotate(x: Array, positions: Array, base: float = 10_000.0) -> Array:
     """Rotary embedding (Su et al. 2021) of x [B, L, heads, D] at positions [B, L]: halves of D form the pairs."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-np.arange(half, dtype=np.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    half, dtype = x.shape[-1] // 2, jnp.promote_types(x.dtype, jnp.float32)
+    frequency = (base ** (-np.arange(half) / half)).astype(dtype)
+    angle = positions[..., None, None].astype(dtype) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    rotated = jnp.concatenate([rotated, x[..., 2 * half :].astype(jnp.float32)], axis=-1)
+    a, b = x[..., :half].astype(dtype), x[..., half : 2 * half].astype(dtype)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :].astype(dtype)], axis=-1)
     return rotated.astype(x.dtype)
