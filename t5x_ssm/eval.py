@@ -2,11 +2,12 @@
 
     python -m t5x_ssm.eval --model_dir=RUN_FOLDER [--lengths=512,1024] [--across_documents=1024] [--output_dir=FOLDER]
     python -m t5x_ssm.eval --gin_file=models/gss_192m.gin --gin_file=runs/eval.gin --gin.CHECKPOINT_PATH=… …
-    python -m t5x_ssm.eval --model_dir=RUN_FOLDER --gin.EVAL_SPLIT=test      (a classifier)
+    python -m t5x_ssm.eval --model_dir=RUN_FOLDER --gin.EVAL_SPLIT=test      (a classifier, or a model of pairs)
 
 With --model_dir the run's own configuration and newest checkpoint are taken (--gin.CHECKPOINT_PATH=… takes another). Prints
 nats per token, perplexity and bits per byte of every task, and writes them to `eval_results.json`, with the loss by the number
-of tokens before it. Of a classifier these are loss and accuracy.
+of tokens before it. Of a classifier these are loss and accuracy; of a model of inputs and targets, nats per token, perplexity
+and accuracy of the targets (`t5x_ssm.infer` tells the task's own metrics, of what the model writes).
 
 Windows run over the ends of documents. As in training, the state is zero where a document begins; with --across_documents it is
 carried on, so that a window of length L is L tokens of context however short its documents are.
@@ -33,7 +34,7 @@ import numpy as np
 from t5x_ssm import config as config_lib
 from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.errors import UserError
-from t5x_ssm.models.objectives import cross_entropy
+from t5x_ssm.models.objectives import Classification, cross_entropy
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.parallel import processes, rules
 from t5x_ssm.train import batch_shapes, use_compilation_cache
@@ -62,8 +63,8 @@ def evaluate(
 
     Args:
       model: the objective, see `models.objectives`.
-      dataset_cfg: the split; its batch size counts tokens: at twice its length, batches have half as many rows. A classifier
-        has one length.
+      dataset_cfg: the split; its batch size counts tokens: at twice its length, batches have half as many rows. Classifiers,
+        encoder-decoders and pairs have one length.
       checkpoint_path: a checkpoint or a run folder.
       output_dir: where the results go.
       lengths: lengths of windows; that of `dataset_cfg` when None.
@@ -77,19 +78,15 @@ def evaluate(
     folder = run_folder.local("EVAL_OUTPUT_DIR", output_dir)
     device_mesh = mesh_lib.make_mesh(mesh)
     feed_lib.check_config(dataset_cfg, jax.process_count())
-    if dataset_cfg.objective == feed_lib.CLASSIFICATION:
+    if dataset_cfg.objective != "language_model" or feed_lib.INPUTS in dataset_cfg.task_feature_lengths:
         if lengths or across_documents:
             raise UserError(
-                "A classifier has the length of TASK_FEATURE_LENGTHS; leave out --lengths and --across_documents."
+                "A classifier or a model of inputs and targets has the lengths of TASK_FEATURE_LENGTHS; leave out --lengths "
+                "and --across_documents."
             )
-        path, results = _classes(model, dataset_cfg, checkpoint_path, device_mesh)
+        path, results = _examples(model, dataset_cfg, checkpoint_path, device_mesh)
         _write(folder, path, dataset_cfg.split, {"tasks": results})
         return 0
-    if dataset_cfg.objective != "language_model":
-        raise UserError(
-            f"DatasetConfig.objective = {dataset_cfg.objective!r}; this evaluation is of decoders. Training evaluates "
-            "encoder-decoders on train_eval/DatasetConfig."
-        )
     own_length = dataset_cfg.task_feature_lengths[feed_lib.TARGETS]
     tokens = own_length * dataset_cfg.batch_size
     shards = mesh_lib.batch_shards(device_mesh)
@@ -134,10 +131,10 @@ def evaluate(
     return 0
 
 
-def _classes(
+def _examples(
     model: Any, cfg: feed_lib.DatasetConfig, checkpoint_path: str, mesh: jax.sharding.Mesh
 ) -> tuple[pathlib.Path, dict[str, dict[str, float]]]:
-    """The checkpoint, and the figures of every task of a classifier."""
+    """The checkpoint, and the figures of every task whose examples are classified sequences or pairs."""
     shapes = batch_shapes(cfg)
     check_batch(shapes, mesh, 1)
     feeds = _open(cfg)
@@ -149,15 +146,16 @@ def _classes(
         expected = (restored.metadata or {}).get("vocabulary", {}).get("hash")
         for task, feed in feeds.items():
             feed_lib.check_vocabulary(feed.vocabulary, embedding_size=model.network.vocab_size, expected_hash=expected)
-            feed_lib.check_classes(feed.vocabulary, model.network.num_classes)
+            classes = model.network.num_classes if isinstance(model, Classification) else None
+            feed_lib.check_classes(feed.vocabulary, classes)
             batches = (_to_device(batch, mesh) for batch in feed)
             sums = sum_over_batches(step, restored.params, batches, flax_mutables)
-            results[task] = {**summarise_sums(sums), "examples": int(sums["weights"])}
+            # Weights count examples of a classifier, and tokens of a target text.
+            counted = "tokens" if classes is None else "examples"
+            results[task] = line = {**summarise_sums(sums), counted: int(sums["weights"])}
             if jax.process_index() == 0:
-                line = results[task]
-                print(
-                    f"{task:28} loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}  {line['examples']:,} examples"
-                )
+                cost = f"loss {line['loss']:.4f}" if classes else f"{line['nats_per_token']:.4f} nats/token"
+                print(f"{task:28} {cost}  accuracy {line['accuracy']:.4f}  {line[counted]:,} {counted}")
     return restored.path, results
 
 

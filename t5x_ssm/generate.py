@@ -24,7 +24,7 @@ from t5x_ssm import config as config_lib
 from t5x_ssm.errors import UserError
 from t5x_ssm.inference.decoding import Generator
 from t5x_ssm.inference.sampling import Sampling
-from t5x_ssm.models.objectives import Classification
+from t5x_ssm.models.objectives import Classification, SequenceToSequence
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.train import use_compilation_cache
 from t5x_ssm.training import restoring
@@ -66,7 +66,15 @@ def open_writer(*, model: Any, checkpoint_path: str, mixture_or_task_name: str) 
       model: the objective; its network writes.
       checkpoint_path: a checkpoint or a run folder.
       mixture_or_task_name: whose vocabulary to use where the checkpoint does not name the byte vocabulary.
+
+    Raises:
+      UserError: the model is no decoder.
     """
+    if isinstance(model, SequenceToSequence):
+        raise UserError(
+            "MODEL is an encoder-decoder, which continues no prompt; python -m t5x_ssm.infer writes what it makes of a task's "
+            "inputs."
+        )
     restored = restore_network(model, checkpoint_path)
     vocabulary = (restored.metadata or {}).get("vocabulary", {})
     if vocabulary.get("name") == "ByteVocabulary" and not vocabulary.get("extra_ids"):
@@ -87,7 +95,8 @@ def restore_network(model: Any, checkpoint_path: str) -> restoring.RestoredParam
     use_compilation_cache()
     firsts = {device.process_index: device for device in reversed(jax.devices())}
     mesh = mesh_lib.make_mesh(devices=[firsts[process] for process in sorted(firsts)])
-    shapes = {"decoder_input_tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
+    names = ("decoder_input_tokens", "encoder_input_tokens")  # An objective takes what it knows.
+    shapes = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in names}
     restored = restoring.restore_parameters(checkpoint_path, abstract_parameters(model, shapes, mesh))
     # Along `data`, the mesh's only axis, they are whole on every device.
     return restored._replace(params=jax.tree.map(lambda leaf: leaf.addressable_data(0), restored.params))

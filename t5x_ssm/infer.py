@@ -8,32 +8,43 @@ With --model_dir the run's own configuration and newest checkpoint are taken. Ea
   predict  inputs, targets, prediction: what the model writes after the inputs, until EOS
   score    inputs, targets, score: log p(targets | inputs) in nats; tokens: how many; greedy: whether they are what greedy
            decoding would write
-Examples are taken whole, however long: scoring reads them in windows and carries the state.
+The task's own metrics, if it has any, are printed and written beside it, as `TASK-SPLIT-MODE-metrics.json`.
+Examples are taken whole, however long, unless --inputs_length and --targets_length cut them: a decoder scores them in windows
+and carries the state.
+
+A run of several processes (`launch.local --module=t5x_ssm.infer`, `t5x_ssm.parallel.processes`) deals the batches out to them;
+what is written is the same.
 """
 
 import argparse
+import collections
 import dataclasses
 import inspect
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import gin
+import jax
 import numpy as np
+from flax import linen as nn
 
 from t5x_ssm import config as config_lib
 from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.data.examples import Example, TaskExamples, open_examples
 from t5x_ssm.errors import UserError
 from t5x_ssm.generate import restore_network
-from t5x_ssm.inference.decoding import PAD, Generator
+from t5x_ssm.inference.decoding import PAD, Generator, Stream
+from t5x_ssm.inference.encoded import PairGenerator, PairScorer
 from t5x_ssm.inference.ragged import batches, padded
 from t5x_ssm.inference.sampling import Sampling
-from t5x_ssm.inference.scoring import DocumentScorer
-from t5x_ssm.training import run_folder
+from t5x_ssm.inference.scoring import DocumentScorer, Scores
+from t5x_ssm.models.objectives import SequenceToSequence
+from t5x_ssm.parallel import processes
+from t5x_ssm.training import consensus, run_folder
 
 MODES = ("predict", "score")
 # Tokens drawn between two looks of the host; nobody watches them come.
@@ -51,7 +62,8 @@ def infer(
     mode: str = "predict",
     split: str = "validation",
     batch_size: int = 8,
-    task_feature_lengths: Mapping[str, int] | None = None,
+    inputs_length: int | None = None,
+    targets_length: int | None = None,
     num_examples: int | None = None,
     prompt_length: int | None = None,
     max_new_tokens: int = 256,
@@ -70,7 +82,8 @@ def infer(
       mode: one of MODES.
       split: of the task.
       batch_size: examples at a time; it changes nothing in the results but rounding.
-      task_feature_lengths: tokens that features are cut to; None takes them whole.
+      inputs_length, targets_length: tokens that each text is cut to; None takes it whole. What is written is compared with
+        the whole text.
       num_examples: of each task, from the first; all when None.
       prompt_length: for tasks without inputs: how many tokens of the targets are the prompt, and the rest the targets.
       max_new_tokens: when a prediction ends without EOS.
@@ -84,6 +97,8 @@ def infer(
         raise UserError(f"infer.mode = {mode!r}; it is one of {', '.join(MODES)}.")
     for name, value, least in (
         ("batch_size", batch_size, 1),
+        ("inputs_length", inputs_length, 1),
+        ("targets_length", targets_length, 1),
         ("num_examples", num_examples, 1),
         ("prompt_length", prompt_length, 0),
         ("max_new_tokens", max_new_tokens, 1),
@@ -91,7 +106,8 @@ def infer(
         if value is not None and value < least:
             raise UserError(f"infer.{name} = {value}; it must be at least {least}.")
     sampling = Sampling(temperature, top_k, top_p)
-    tasks = open_examples(mixture_or_task_name, split, task_feature_lengths)
+    lengths = {"inputs": inputs_length, "targets": targets_length}
+    tasks = open_examples(mixture_or_task_name, split, lengths)
     for task in tasks:
         if mode == "predict" and not task.has_inputs and prompt_length is None:
             raise UserError(
@@ -102,8 +118,8 @@ def infer(
     trained_with = (restored.metadata or {}).get("vocabulary", {}).get("hash")
     for task in tasks:
         feed_lib.check_vocabulary(task.description, embedding_size=model.network.vocab_size, expected_hash=trained_with)
-    generator = Generator(model.network, restored.params)
-    scorer = DocumentScorer(model.network, restored.params)
+    readers = PairReaders if isinstance(model, SequenceToSequence) else TextReaders
+    reader = readers(model.network, restored.params, batch_size)
     folder = run_folder.local("INFER_OUTPUT_DIR", output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:
@@ -112,72 +128,142 @@ def infer(
             examples = (task.cut(example, prompt_length) for example in examples)
         if mode == "predict":
             settings = dataclasses.replace(sampling, vocab_size=task.description["size"])
-            lines = predict(generator, task, examples, batch_size, max_new_tokens, settings, seed)
+            lines = predict(reader, task, examples, batch_size, max_new_tokens, settings, seed)
         else:
-            lines = score(scorer, examples, batch_size)
-        write_lines(folder / f"{task.name}-{split}-{mode}.jsonl", lines, task.name)
+            lines = score(reader, examples, batch_size)
+        if jax.process_index() == 0:
+            write_lines(folder / f"{task.name}-{split}-{mode}.jsonl", lines, task, mode)
+        else:
+            collections.deque(lines, maxlen=0)  # Process 0 writes this one's share too.
     return 0
 
 
+class TextReaders:
+    """A decoder, which reads inputs as the beginning of its text."""
+
+    def __init__(self, network: nn.Module, params: Any, batch_size: int):
+        self._batch_size = batch_size
+        self._generator = Generator(network, params)
+        self._scorer = DocumentScorer(network, params)
+
+    def write(self, examples: Sequence[Example], limit: int, sampling: Sampling, **settings: Any) -> Stream:
+        """The tokens after each example's inputs."""
+        tokens, lengths = padded([example.inputs for example in examples], self._batch_size)
+        capacity = -(-(tokens.shape[1] + limit) // CAPACITY) * CAPACITY
+        state = self._generator.read(self._generator.start(self._batch_size, capacity), tokens, lengths)
+        return self._generator.generate(state, limit, sampling, **settings)
+
+    def score(self, examples: Sequence[Example]) -> Scores:
+        """Of each example's targets."""
+        tokens, lengths = padded([np.concatenate([e.inputs, e.targets]) for e in examples], self._batch_size)
+        prompts, _ = padded([[e.inputs.size] for e in examples], self._batch_size)
+        return self._scorer.score(tokens, lengths, prompts[:, 0])
+
+
+class PairReaders:
+    """An encoder-decoder, whose encoder reads the inputs."""
+
+    def __init__(self, network: nn.Module, params: Any, batch_size: int):
+        self._batch_size = batch_size
+        self._generator = PairGenerator(network, params)
+        self._scorer = PairScorer(network, params)
+
+    def write(self, examples: Sequence[Example], limit: int, sampling: Sampling, **settings: Any) -> Stream:
+        """As `TextReaders.write`."""
+        inputs, _ = padded([example.inputs for example in examples], self._batch_size)
+        return self._generator.generate(inputs, limit, sampling, **settings)
+
+    def score(self, examples: Sequence[Example]) -> Scores:
+        """As `TextReaders.score`."""
+        inputs, _ = padded([example.inputs for example in examples], self._batch_size)
+        targets, lengths = padded([example.targets for example in examples], self._batch_size)
+        return self._scorer.score(inputs, targets, lengths)
+
+
+Readers = TextReaders | PairReaders
+
+
+def shared(
+    examples: Iterable[Example], batch_size: int, work: Callable[[int, list[Example]], list[dict[str, Any]]]
+) -> Iterator[tuple[Example, dict[str, Any]]]:
+    """Each example with what `work` makes of it, in order and on all processes, among which the batches are dealt out.
+
+    Args:
+      examples: the same on all processes.
+      batch_size: examples at a time.
+      work: from the number of a batch's first example, and the batch, to JSON-able results.
+    """
+    index, left = jax.process_index(), batches(examples, batch_size)
+    while dealt := list(itertools.islice(left, jax.process_count())):
+        own = consensus.succeed_together(lambda dealt=dealt: work(*dealt[index]) if index < len(dealt) else [])
+        for (_, batch), results in zip(dealt, consensus.gather_json(own), strict=False):
+            yield from zip(batch, results, strict=True)
+
+
 def predict(
-    generator: Generator,
+    reader: Readers,
     task: TaskExamples,
     examples: Iterable[Example],
     batch_size: int,
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
-) -> Iterator[dict[str, Any]]:
-    """What the network writes after each example's inputs."""
+) -> Iterator[tuple[Example, dict[str, Any]]]:
+    """Each example with what the network writes for its inputs."""
     eos_id = task.description["eos_id"]
-    for first, batch in batches(examples, batch_size):
-        tokens, lengths = padded([example.inputs for example in batch], batch_size)
-        capacity = -(-(tokens.shape[1] + max_new_tokens) // CAPACITY) * CAPACITY
-        state = generator.read(generator.start(batch_size, capacity), tokens, lengths)
+
+    def write(first: int, batch: list[Example]) -> list[dict[str, Any]]:
         seeds = seed + first + np.arange(batch_size)
-        stream = generator.generate(
-            state, max_new_tokens, sampling, eos_id=eos_id, seeds=seeds, steps_per_call=STEPS_PER_CALL
+        stream = reader.write(
+            batch, max_new_tokens, sampling, eos_id=eos_id, seeds=seeds, steps_per_call=STEPS_PER_CALL
         )
-        written = np.stack(list(stream), axis=1)
-        for example, row in zip(batch, written, strict=False):
-            ids = list(itertools.takewhile(lambda i: i not in (eos_id, PAD), row.tolist()))
-            yield _line(example) | {"prediction": task.vocabulary.decode(ids)}
+        rows = np.stack(list(stream), axis=1)[: len(batch)].tolist()
+        written = (list(itertools.takewhile(lambda i: i not in (eos_id, PAD), row)) for row in rows)
+        return [{"prediction": task.vocabulary.decode(ids)} for ids in written]
+
+    return shared(examples, batch_size, write)
 
 
-def score(scorer: DocumentScorer, examples: Iterable[Example], batch_size: int) -> Iterator[dict[str, Any]]:
-    """log p(targets | inputs) of each example."""
-    for _, batch in batches(examples, batch_size):
-        tokens, lengths = padded([np.concatenate([e.inputs, e.targets]) for e in batch], batch_size)
-        prompts = np.zeros(batch_size, np.int64)
-        prompts[: len(batch)] = [e.inputs.size for e in batch]
-        result = scorer.score(tokens, lengths, prompts)
-        for i, example in enumerate(batch):
-            yield _line(example) | {
-                "score": float(result.log_likelihood[i]),
-                "tokens": int(result.tokens[i]),
-                "greedy": bool(result.greedy[i]),
-            }
+def score(reader: Readers, examples: Iterable[Example], batch_size: int) -> Iterator[tuple[Example, dict[str, Any]]]:
+    """Each example with log p(targets | inputs)."""
+
+    def rate(_: int, batch: list[Example]) -> list[dict[str, Any]]:
+        result = reader.score(batch)
+        columns = zip(result.log_likelihood, result.tokens, result.greedy, strict=True)
+        found = [
+            {"score": float(nats), "tokens": int(count), "greedy": bool(greedy)} for nats, count, greedy in columns
+        ]
+        return found[: len(batch)]
+
+    return shared(examples, batch_size, rate)
 
 
-def write_lines(path: pathlib.Path, lines: Iterable[dict[str, Any]], name: str) -> None:
-    """Writes one JSON object a line; the file has its name only when it is complete. Prints a summary."""
+def write_lines(
+    path: pathlib.Path, found: Iterable[tuple[Example, dict[str, Any]]], task: TaskExamples, mode: str
+) -> None:
+    """Writes one JSON object a line, and the task's metrics; a file has its name only when it is complete. Prints a summary."""
     partial = path.with_name(path.name + ".partial")
+    examples, results, keep = [], [], task.has_metrics(mode)
     count, total, tokens, greedy = 0, 0.0, 0, 0
     with partial.open("w", encoding="utf-8") as file:
-        for line in lines:
+        for example, result in found:
+            line = {"inputs": example.inputs_text, "targets": example.targets_text, **result}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
+            if keep:
+                examples.append(example)
+                results.append(result["score" if mode == "score" else "prediction"])
             count += 1
-            total += line.get("score", 0.0)
-            tokens += line.get("tokens", 0)
-            greedy += line.get("greedy", False)
+            total += result.get("score", 0.0)
+            tokens += result.get("tokens", 0)
+            greedy += result.get("greedy", False)
     partial.replace(path)
     nats = f"  {-total / tokens:.4f} nats/token over {tokens:,} tokens, {greedy / count:.1%} greedy" if tokens else ""
-    print(f"{name}: {count:,} examples{nats}  written: {path}", flush=True)
-
-
-def _line(example: Example) -> dict[str, Any]:
-    return {"inputs": example.inputs_text, "targets": example.targets_text}
+    print(f"{task.name}: {count:,} examples{nats}  written: {path}", flush=True)
+    if examples:
+        metrics = task.metrics(examples, results, mode)
+        print(f"{task.name}: {'  '.join(f'{name} {value:.2f}' for name, value in metrics.items())}", flush=True)
+        path.with_name(f"{path.stem}-metrics.json").write_text(json.dumps({"examples": count, **metrics}) + "\n")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -185,16 +271,24 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m t5x_ssm.infer", description=__doc__.split("\n")[0])
     parser.add_argument("--model_dir", help="a run folder: its configuration and newest checkpoint")
     parser.add_argument("--output_dir", help="where the lines go; MODEL_DIR/inference by default")
+    processes.add_flags(parser)
     parser.add_argument("--task", help="a registered seqio task or mixture; that of the training by default")
     # Flags that stand for parameters of `infer`, whose defaults hold without them.
     parser.add_argument("--mode", choices=MODES)
     parser.add_argument("--split")
-    for name in ("batch_size", "num_examples", "prompt_length", "max_new_tokens", "top_k", "seed"):
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("temperature", "top_p"):
-        parser.add_argument(f"--{name}", type=float)
+    parser.add_argument("--batch_size", type=int, help="examples at a time")
+    parser.add_argument("--inputs_length", type=int, help="tokens that inputs are cut to, as in training")
+    parser.add_argument("--targets_length", type=int, help="the same of targets")
+    parser.add_argument("--num_examples", type=int, help="of each task, from the first")
+    parser.add_argument("--prompt_length", type=int, help="tokens of a text without inputs that are its prompt")
+    parser.add_argument("--max_new_tokens", type=int, help="when a prediction ends at the latest")
+    parser.add_argument("--temperature", type=float, help="0 takes the most likely token")
+    parser.add_argument("--top_k", type=int, help="draw from the k most likely tokens; 0 from all")
+    parser.add_argument("--top_p", type=float, help="draw from the nucleus of this probability")
+    parser.add_argument("--seed", type=int)
     arguments = config_lib.parse_arguments(argv, parser)
     options = vars(arguments.options)
+    processes.join(arguments.options)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from t5x_ssm.infer import infer as configured
 

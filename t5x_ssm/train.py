@@ -20,6 +20,7 @@ import numpy as np
 from t5x_ssm import config as config_lib
 from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.data.classification import feature_shapes
+from t5x_ssm.data.evaluation_feeds import EvaluationFeed
 from t5x_ssm.errors import CheckpointError, UserError
 from t5x_ssm.models.objectives import Classification
 from t5x_ssm.parallel import mesh as mesh_lib
@@ -243,7 +244,10 @@ def batch_shapes(cfg: feed_lib.DatasetConfig) -> dict[str, jax.ShapeDtypeStruct]
     names = ["decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"]
     if cfg.pack:
         names += ["decoder_segment_ids", "decoder_positions"]
-    lengths = {name: cfg.task_feature_lengths[feed_lib.TARGETS] for name in names}
+    length = cfg.task_feature_lengths[feed_lib.TARGETS]
+    if cfg.objective == "language_model":  # A decoder reads inputs, if there are any, as the beginning of its text.
+        length += cfg.task_feature_lengths.get(feed_lib.INPUTS, 0)
+    lengths = dict.fromkeys(names, length)
     if cfg.objective != "language_model":
         names = ["encoder_input_tokens", *(["encoder_segment_ids", "encoder_positions"] if cfg.pack else [])]
         lengths |= {name: cfg.task_feature_lengths[feed_lib.INPUTS] for name in names}
@@ -268,9 +272,9 @@ def evaluations_of(
             )
         count = min(len(task_feed), eval_steps or len(task_feed))
         batches = functools.partial(itertools.islice, task_feed, count)
-        # The targets of an encoder-decoder or a classifier are not the text, and have no bits per byte.
-        decoder = cfg.objective == "language_model"
-        bytes_per_token = task_feed.num_bytes(count) / task_feed.num_tokens(count) if decoder else None
+        # Only of a stream of text the targets are the text, and have bits per byte.
+        is_text = isinstance(task_feed, EvaluationFeed)
+        bytes_per_token = task_feed.num_bytes(count) / task_feed.num_tokens(count) if is_text else None
         evaluations.append(trainer_lib.Evaluation(f"{cfg.split}/{task}", batches, bytes_per_token))
     return evaluations
 

@@ -21,6 +21,7 @@ class LabelledExamples:
       task: the task's name.
       checksum: identifies the contents.
       pairs: whether an example is two sequences.
+      counts: how many sequences are longer than the length, and cut.
     """
 
     def __init__(self, directory: pathlib.Path, length: int, *, checksums: bool = False):
@@ -39,6 +40,7 @@ class LabelledExamples:
         self.task: str = manifest["task"]
         self._length = length
         self._shards: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.counts = {"cut_inputs": 0}
         digest = hashlib.sha256()
         for index, shard in enumerate(manifest["shards"]):
             folder = directory / cache_files.shard_name(index)
@@ -51,7 +53,9 @@ class LabelledExamples:
             if not len(labels):
                 continue
             tokens = cache_store.open_tokens(folder, np.dtype(manifest["dtype"]))
-            self._shards.append((tokens, np.load(folder / "offsets.npy", mmap_mode="r"), labels))
+            offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+            self.counts["cut_inputs"] += int(np.sum(np.diff(offsets) > length))
+            self._shards.append((tokens, offsets, labels))
             digest.update("".join(file["sha256"] for _, file in sorted(shard["files"].items())).encode())
         self.checksum: str = digest.hexdigest()
         self._firsts = np.cumsum([0, *(len(labels) for _, _, labels in self._shards)])

@@ -7,7 +7,6 @@ far the background thread has read ahead, and `restore` continues with exactly t
 Evaluation feeds are those of `t5x_ssm.data.evaluation_feeds`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -15,7 +14,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,14 +24,16 @@ from t5x_ssm.data.classification import ClassificationEvaluation, Classification
 from t5x_ssm.data.encoder_decoder import EncoderDecoderObjective
 from t5x_ssm.data.evaluation_feeds import EncoderDecoderEvaluation, EvaluationFeed
 from t5x_ssm.data.indexed import IndexedRows
+from t5x_ssm.data.pairs import INPUTS, TARGETS, PairsEvaluation
 from t5x_ssm.data.prefetch import PrefetchedFeed
+from t5x_ssm.data.reading import for_the_user
 from t5x_ssm.data.sources import Batch
 from t5x_ssm.errors import DataError
 from tasks import cache
 
 logger = logging.getLogger(__name__)
 
-TARGETS, INPUTS, INPUTS_2 = cache.FEATURE, "inputs", "inputs2"
+INPUTS_2 = "inputs2"
 CLASSIFICATION = "classification"
 # Of a decoder; of an encoder-decoder over a stream of text; of one over tasks with inputs and targets; of a classifier.
 OBJECTIVES = ("language_model", *encoder_decoder.OBJECTIVES, "sequence_to_sequence", CLASSIFICATION)
@@ -109,19 +110,19 @@ def open_feed(
     if config.source == "seqio":
         from t5x_ssm.data.live import LiveFeed
 
-        with _for_the_user():
-            return LiveFeed(
-                config, process_index=process_index, process_count=process_count, seed=seed, prefetch=prefetch
-            )
-    with _for_the_user():
+        return LiveFeed(config, process_index=process_index, process_count=process_count, seed=seed, prefetch=prefetch)
+    with for_the_user():
         mixture = _open_cache(config, process_index, process_count, barrier)
     place = {"process_index": process_index, "process_count": process_count, "prefetch": prefetch}
     if config.objective == CLASSIFICATION:
         identity = _identity(mixture, config, seed, config.task_feature_lengths[INPUTS])
         identity["objective"] = CLASSIFICATION
         settings = {"seed": seed, "shuffle": config.shuffle, "batch_size": config.batch_size}
-        return ClassificationFeed(mixture, identity, **settings, **place)
-    return IndexedFeed(mixture, config, seed=seed, **place)
+        feed: IndexedRows = ClassificationFeed(mixture, identity, **settings, **place)
+    else:
+        feed = IndexedFeed(mixture, config, seed=seed, **place)
+    feed.counts = mixture.counts
+    return feed
 
 
 def open_evaluation(
@@ -130,20 +131,26 @@ def open_evaluation(
     process_index: int = 0,
     process_count: int = 1,
     barrier: Callable[[], None] | None = None,
-) -> dict[str, EvaluationFeed | EncoderDecoderEvaluation | ClassificationEvaluation]:
+) -> dict[str, EvaluationFeed | EncoderDecoderEvaluation | ClassificationEvaluation | PairsEvaluation]:
     """Opens a split for evaluation: one feed per task of the mixture, by the task's name.
 
     The length may be any, also longer than documents: windows run over document ends. Arguments and errors as in
-    `open_feed`; `config.shuffle` must be False and `config.source` 'cache'.
+    `open_feed`; `config.shuffle` must be False, and `config.source` 'cache' but for tasks with inputs and targets.
     """
     check_config(config, process_count)
-    if config.source != "cache":
-        raise DataError(
-            "Evaluation reads the token cache, which knows exact byte counts: set DatasetConfig.source='cache'."
-        )
     if config.shuffle:
         raise DataError("Evaluation reads a split once and in order: set DatasetConfig.shuffle=False for it.")
-    with _for_the_user():
+    if config.source != "cache":
+        if INPUTS not in config.task_feature_lengths:
+            raise DataError(
+                "Evaluation reads the token cache, which knows exact byte counts: set DatasetConfig.source='cache'."
+            )
+        if config.pack:
+            raise DataError("Evaluation of pairs gives each a row of its own: set DatasetConfig.pack=False for it.")
+        from t5x_ssm.data.live import held_out_pairs
+
+        return held_out_pairs(config, process_index=process_index, process_count=process_count)
+    with for_the_user():
         mixture = _open_cache(config, process_index, process_count, barrier)
     if config.objective == CLASSIFICATION:
         place = {"process_index": process_index, "process_count": process_count}
@@ -170,15 +177,6 @@ def open_evaluation(
         )
         for stream in mixture.streams
     }
-
-
-@contextlib.contextmanager
-def _for_the_user() -> Iterator[None]:
-    """`tasks` knows nothing of this package; its errors become ours here."""
-    try:
-        yield
-    except cache.CacheError as error:
-        raise DataError(str(error)) from error
 
 
 class IndexedFeed(IndexedRows):

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from t5x_ssm.data.pairs import INPUTS, TARGETS, PairsEvaluation, cut_texts
 from t5x_ssm.data.prefetch import PrefetchedFeed, Prefetcher
+from t5x_ssm.data.reading import for_the_user
 from t5x_ssm.errors import DataError
 from tasks import cache, vocabularies
 
@@ -38,18 +40,12 @@ class LiveFeed(PrefetchedFeed):
         import seqio
         import tensorflow as tf
 
-        leave_accelerators_to_jax()
-        name = config.mixture_or_task_name
-        provider = cache.registered(name, ["tasks", config.module] if config.module else ["tasks"])
-        lengths = dict(config.task_feature_lengths)
-        for feature in sorted(set(lengths) ^ set(provider.output_features)):
-            raise DataError(
-                f"TASK_FEATURE_LENGTHS has {sorted(lengths)}, but the features of {name!r} are "
-                f"{sorted(provider.output_features)}: {feature!r} is in one of them only."
-            )
-        if config.split not in provider.splits:
-            raise DataError(f"{name!r} has no split {config.split!r}; it has {', '.join(sorted(provider.splits))}.")
+        provider = open_provider(config)
+        name, lengths = config.mixture_or_task_name, dict(config.task_feature_lengths)
         self._config, self._lengths = config, lengths
+        self._tasks = tasks_of(provider)
+        # Of pairs: a language model's long documents come in pieces, of which nothing is lost.
+        self._eos_ids = eos_ids(provider) if INPUTS in lengths else None
         self._shard, self._seed = seqio.ShardInfo(process_index, process_count), seed
         identity = {
             "kind": "seqio",
@@ -80,17 +76,22 @@ class LiveFeed(PrefetchedFeed):
         self._snapshot: tuple[int, dict[str, str] | None] = (0, None)
 
     def next(self) -> dict[str, np.ndarray]:
-        if self._prefetcher is None:
-            self._prefetcher = self._start()
-        batch, snapshot = self._prefetcher.next()
+        with for_the_user(self._tasks):
+            if self._prefetcher is None:
+                self._prefetcher = self._start()
+            batch, snapshot = self._prefetcher.next()
         if snapshot is not None:
             self._snapshot = (self._step, snapshot)
         self._step += 1
+        if self._eos_ids is not None:
+            cut = cut_texts(batch, self._eos_ids)
+            self.counts = {name: self.counts.get(name, 0) + count for name, count in cut.items()}
         return batch
 
     def state(self) -> dict[str, Any]:
         saved_at, snapshot = self._snapshot
-        return {**self.identity, "step": self._step, "skip": self._step - saved_at, "iterator": snapshot}
+        position = {"step": self._step, "skip": self._step - saved_at, "iterator": snapshot}
+        return {**self.identity, **position, "counts": dict(self.counts)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         saved, now = state.get("process_count"), self.identity["process_count"]
@@ -103,6 +104,7 @@ class LiveFeed(PrefetchedFeed):
         self.close()
         self._step = int(state["step"])
         self._snapshot = (self._step - int(state["skip"]), state["iterator"])
+        self.counts = dict(state.get("counts", {}))
 
     def _start(self) -> Prefetcher:
         """Goes on at `self._step`, from the newest snapshot."""
@@ -145,6 +147,70 @@ class LiveFeed(PrefetchedFeed):
         options = tf.data.Options()
         options.deterministic = True
         return dataset.with_options(options)
+
+
+def open_provider(config: "DatasetConfig") -> Any:
+    """The registered seqio task or mixture that a configuration names.
+
+    Raises:
+      DataError: it is unknown, or has other features than lengths are given for, or no such split.
+    """
+    leave_accelerators_to_jax()
+    name, lengths = config.mixture_or_task_name, config.task_feature_lengths
+    with for_the_user():
+        provider = cache.registered(name, ["tasks", config.module] if config.module else ["tasks"])
+    for feature in sorted(set(lengths) ^ set(provider.output_features)):
+        raise DataError(
+            f"TASK_FEATURE_LENGTHS has {sorted(lengths)}, but the features of {name!r} are "
+            f"{sorted(provider.output_features)}: {feature!r} is in one of them only."
+        )
+    if config.split not in provider.splits:
+        raise DataError(f"{name!r} has no split {config.split!r}; it has {', '.join(sorted(provider.splits))}.")
+    return provider
+
+
+def tasks_of(provider: Any) -> list[Any]:
+    """The tasks of a seqio mixture, or the task alone."""
+    return list(getattr(provider, "tasks", [provider]))
+
+
+def eos_ids(provider: Any) -> dict[str, int | None]:
+    """What each feature's texts end with; None for one whose texts do not."""
+    features = provider.output_features.items()
+    return {name: feature.vocabulary.eos_id if feature.add_eos else None for name, feature in features}
+
+
+def held_out_pairs(config: "DatasetConfig", **place: int) -> dict[str, PairsEvaluation]:
+    """The examples of a split of tasks with inputs and targets, for each task of the configured provider, read whole.
+
+    Args:
+      config: objective 'sequence_to_sequence' for an encoder-decoder, or 'language_model' for a decoder.
+      **place: process_index and process_count.
+
+    Raises:
+      DataError: as `open_provider`, or the data cannot be read.
+    """
+    feeds = {}
+    for task in tasks_of(open_provider(config)):
+        with for_the_user([task]):
+            dataset = task.get_dataset(
+                sequence_length=dict(config.task_feature_lengths),
+                split=config.split,
+                shuffle=False,
+                use_cached=config.use_cached,
+                try_in_mem_cache=False,
+            )
+            pairs = [(example[INPUTS], example[TARGETS]) for example in dataset.as_numpy_iterator()]
+        feeds[task.name] = PairsEvaluation(
+            task.name,
+            vocabularies.describe(task.output_features[TARGETS].vocabulary),
+            pairs,
+            config.task_feature_lengths,
+            config.batch_size,
+            encoder=config.objective == "sequence_to_sequence",
+            **place,
+        )
+    return feeds
 
 
 def _save(iterator) -> dict[str, str]:

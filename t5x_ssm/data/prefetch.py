@@ -88,6 +88,8 @@ class PrefetchedFeed(abc.ABC):
       vocabulary: description of the vocabulary of the batches' tokens.
       identity: everything that the sequence of batches is a function of, besides the position; JSON-able.
       bytes_per_token: bytes of text that a token stands for on average; None where it is not known.
+      counts: what was left out, replaced or cut, by name: in all data, where that was counted when it was prepared, else
+        in this process's rows up to the batch that `next()` returned last.
     """
 
     bytes_per_token: float | None = None
@@ -95,6 +97,7 @@ class PrefetchedFeed(abc.ABC):
     def __init__(self, vocabulary: dict[str, Any], identity: dict[str, Any], *, prefetch: int):
         self.vocabulary = vocabulary
         self.identity = identity
+        self.counts: dict[str, int] = {}
         self._depth = prefetch
         self._waited = 0.0
         self._prefetcher: Prefetcher | None = None

@@ -6,6 +6,7 @@ state. `training_rows` puts the streams of a mixture together: row r of the run,
 is found in constant time, whatever r is and however many processes share the batch.
 """
 
+import collections
 import fractions
 import hashlib
 import heapq
@@ -89,6 +90,14 @@ class CachedMixture:
             if splits and split not in splits:
                 raise DataError(f"{component['task']!r} has no split {split!r}; it has {', '.join(splits)}.")
             self.streams.append(open_stream(directory / split, checksums=checksums))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was left out, replaced or cut in all streams, by name: see `TokenStream.counts`."""
+        counts: collections.Counter[str] = collections.Counter()
+        for stream in self.streams:
+            counts.update(stream.counts)
+        return dict(sorted(counts.items()))
 
     @property
     def checksum(self) -> str:

@@ -34,7 +34,8 @@ class TokenStream:
         self.task: str = manifest["task"]
         self.num_bytes: int = manifest["bytes"]
         self.num_words: int | None = manifest.get("words")
-        self.counts: dict[str, int] = manifest.get("counts", {})
+        counts = manifest.get("counts", {})
+        self.counts: dict[str, int] = {name: n for name, n in counts.items() if name not in ("documents", "bytes")}
         self.bos_id: int = manifest.get("vocabulary", {}).get("bos_id", 0)
         digest = hashlib.sha256()
         # An empty shard has nothing to map, and would make two shards begin at one place.

@@ -11,6 +11,7 @@ chosen when its state is made.
 """
 
 import collections
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -144,6 +145,12 @@ class Generator:
         # The two executables. Neither sees a text's length, only a batch, a piece and a number of steps.
         self.read_piece = jax.jit(self._read_piece, donate_argnames="state")
         self.make_steps = jax.jit(self._make_steps, donate_argnames="state", static_argnames=("sampling", "steps"))
+
+    def with_params(self, params: Any) -> "Generator":
+        """The same with other parameters of the same shapes; the executables are shared."""
+        other = copy.copy(self)
+        other.params = params
+        return other
 
     def start(self, batch: int, max_length: int | None = None) -> DecodeState:
         """The state of `batch` empty texts.

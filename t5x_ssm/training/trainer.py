@@ -203,7 +203,7 @@ def fit(
     Args:
       trainer: the compiled steps.
       state: the state at `first_step`; donated.
-      feed: gives the batch of `first_step` next.
+      feed: gives the batch of `first_step` next; its `counts` go into the history as 'data/…'.
       loop: its window and counters; updated.
       first_step: steps already taken.
       total_steps: step to end at.
@@ -241,7 +241,7 @@ def fit(
     profiling = False
 
     def observe(ready) -> None:
-        for at, values, (times, batch) in ready:
+        for at, values, (times, batch, counts) in ready:
             loop.window.add(values, times)
             progress.update(at, values)
             loop.skipped_in_a_row = loop.skipped_in_a_row + 1 if values["skipped"] else 0
@@ -250,7 +250,7 @@ def fit(
             if at % config.log_period == 0 or at == total_steps:
                 line = loop.window.close(bytes_per_token)
                 if log is not None:
-                    log.write(at, line | device_figures(line, **figures) | goodput.summary())
+                    log.write(at, line | counts | device_figures(line, **figures) | goodput.summary())
                 goodput.keep(at)
 
     with contextlib.ExitStack() as context:
@@ -276,7 +276,8 @@ def fit(
                 now = time.perf_counter()
                 times = {"step": now - mark, "data": waited}
                 mark = now
-                observe(queue.push(step, metrics, (times, batch)))
+                counts = {f"data/{name}": count for name, count in feed.counts.items()}
+                observe(queue.push(step, metrics, (times, batch, counts)))
                 if profiling and step >= config.profile_at_step + config.profile_steps:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()

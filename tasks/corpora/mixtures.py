@@ -10,22 +10,20 @@ import seqio
 import tasks.corpora.books
 import tasks.corpora.code
 import tasks.corpora.mathematics  # noqa: F401  (they register the tasks)
-from tasks.corpora import pile
+from tasks.corpora import pile, settings
 
 
 @gin.configurable("rates", module="corpora")
-def _rates(
-    books: float = 1.0, code: float = 1.0, mathematics: float = 1.0, temperature: float = 1.0
-) -> tuple[dict[str, float], float]:
-    return {"books": books, "code": code, "mathematics": mathematics}, temperature
+def _rates(books: float, code: float, mathematics: float, temperature: float) -> None:
+    """What gin may set of the rates; `settings.bound` reads it."""
 
 
 def books_code_math_rate(task: seqio.Task) -> float:
     """The rate of a task of `books_code_math` as gin sets it; ValueError for a rate or temperature that is not positive."""
-    rates, temperature = _rates()
+    temperature = settings.bound("corpora.rates.temperature", 1.0)
     if not temperature > 0:
         raise ValueError(f"corpora.rates.temperature must be positive, but it is {temperature}.")
-    rate = rates[task.name]
+    rate = settings.bound(f"corpora.rates.{task.name}", 1.0)
     if not 0 < rate < float("inf"):
         raise ValueError(f"corpora.rates.{task.name} must be positive, but it is {rate}.")
     return rate ** (1 / temperature)

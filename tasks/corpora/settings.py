@@ -8,6 +8,7 @@ gin comes first. Both are read when data is asked for, never at import.
 
 import os
 import pathlib
+from typing import Any
 
 import gin
 
@@ -27,18 +28,30 @@ def variable(corpus: str) -> str:
 
 
 @gin.configurable("location", module="corpora")
-def _location(path: str | None = None) -> str | None:
-    return path
+def _location(path: str) -> None:
+    """What gin may set of a corpus; `bound` reads it."""
 
 
 @gin.configurable("vocabulary", module="corpora")
-def _vocabulary(name: str | None = None) -> str | None:
-    return name
+def _vocabulary(name: str) -> None:
+    """What gin may set of the vocabulary; `bound` reads it."""
+
+
+def bound(parameter: str, default: Any = None) -> Any:
+    """The value that gin has for a parameter here.
+
+    It is looked up and not called for: gin writes what is called into a run's configuration, which then could only be read
+    where these modules have been imported.
+    """
+    try:
+        return gin.query_parameter(parameter)
+    except ValueError:
+        return default
 
 
 def vocabulary_name() -> str:
     """The vocabulary of the corpora, as `tasks.vocabularies.load` takes it; 'bytes' unless something else is set."""
-    return _vocabulary() or os.environ.get(VOCABULARY_VARIABLE) or "bytes"
+    return bound("corpora.vocabulary.name") or os.environ.get(VOCABULARY_VARIABLE) or "bytes"
 
 
 def location(corpus: str) -> pathlib.Path:
@@ -68,9 +81,7 @@ def tfds_name(corpus: str, subset: str | None = None) -> str | None:
 
 
 def _given(corpus: str) -> str | None:
-    with gin.config_scope(corpus):
-        given = _location()
-    return given or os.environ.get(variable(corpus))
+    return bound(f"{corpus}/corpora.location.path") or os.environ.get(variable(corpus))
 
 
 def _how(corpus: str) -> str:
