@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
@@ -128,7 +128,7 @@ def train(
             loop.restore(restored.metadata["loop"])
             first_step = restored.step
         else:
-            state = start(run, checkpoint_cfg.restore)
+            state = start(run, checkpoint_cfg.restore, feed.vocabulary)
             first_step = int(state.step)
 
         if main:
@@ -193,15 +193,28 @@ def train(
     return 0
 
 
-def start(run: trainer_lib.Trainer, restore: checkpoints.RestoreCheckpointConfig) -> Any:
-    """The train state of a new run: from scratch, or from another run's parameters or state."""
+def start(run: trainer_lib.Trainer, restore: checkpoints.RestoreCheckpointConfig, vocabulary: Mapping[str, Any]) -> Any:
+    """The train state of a new run: from scratch, or from another run's parameters or state.
+
+    Raises:
+      DataError: the data's vocabulary is not the one that the parameters were trained with, and all of them are taken.
+    """
     if restore.path and restore.what == "state":
-        return run.abstract_state.from_tree(restoring.restore_state(restore, run.abstract_state.to_tree()).tree)
+        whole = restoring.restore_state(restore, run.abstract_state.to_tree())
+        check_trained_with(vocabulary, whole.metadata)
+        return run.abstract_state.from_tree(whole.tree)
     state = run.initial_state()
     if not restore.path:
         return state
     found = restoring.restore_parameters(restore, run.abstract_state.params, initial_params=state.params)
+    if not restore.assignment_map and not restore.fallback_to_scratch:  # Else the embedding may be a new one.
+        check_trained_with(vocabulary, found.metadata)
     return state.replace(params=found.params)
+
+
+def check_trained_with(vocabulary: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> None:
+    """Raises DataError if a checkpoint's metadata name another vocabulary; T5X's checkpoints have none (None)."""
+    feed_lib.check_vocabulary(vocabulary, expected_hash=(metadata or {}).get("vocabulary", {}).get("hash"))
 
 
 def check_counts(total_steps: int, eval_steps: int | None, eval_period: int) -> None:

@@ -1,6 +1,7 @@
 """From pretraining to a sequence-to-sequence task by the commands, on data that a tiny model learns, judged by hand."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ from token_caches import write_mixture
 
 from t5x_ssm import eval as evaluation
 from t5x_ssm import infer, train
+from t5x_ssm.errors import UserError
+from t5x_ssm.training import restoring
+from t5x_ssm.training.checkpoints import RestoreCheckpointConfig
 from t5x_ssm.training.metrics import history
 
 # A summary is the document's first word.
@@ -82,6 +86,20 @@ def check_metrics(folder, share):
     found = json.loads((folder / "summarization-validation-predict-metrics.json").read_text())
     assert found["examples"] == 24 and found["rouge2"] == 0
     assert found["rouge1"] == found["rougeL"] == pytest.approx(100 * share)
+
+
+def test_parameters_of_another_vocabulary_are_refused(monkeypatch):
+    scratch = types.SimpleNamespace(params="scratch", replace=lambda params: params)
+    run = types.SimpleNamespace(initial_state=lambda: scratch, abstract_state=scratch)
+    trained_with = {"vocabulary": {**byte_vocabulary(), "hash": "another"}}
+    found = restoring.RestoredParameters("restored", None, trained_with)
+    monkeypatch.setattr(restoring, "restore_parameters", lambda *args, **kwargs: found)
+    with pytest.raises(UserError, match="not the one that the checkpoint was trained with"):
+        train.start(run, RestoreCheckpointConfig(path="x"), byte_vocabulary())
+    # An embedding that starts anew has no old vocabulary.
+    anew = RestoreCheckpointConfig(path="x", assignment_map=[("target/token_embedder.*", None)])
+    assert train.start(run, anew, byte_vocabulary()) == "restored"
+    assert train.start(run, RestoreCheckpointConfig(path="x"), trained_with["vocabulary"]) == "restored"
 
 
 @pytest.mark.slow

@@ -85,7 +85,11 @@ def test_bad_text_is_counted_and_said(tmp_path, monkeypatch, capsys):
     (stream,) = sources.CachedMixture(cache.find("texts", tmp_path / "cache"), "train").streams
     text = bytes(token - 3 for token in stream.read(0, len(stream))[0] if token > 2).decode()
     assert text == "good � bad" + "12345\n" * 4
-    assert stream.counts["invalid_utf8"] == 1 and stream.counts["empty"] == 2
+    assert stream.counts == {"invalid_utf8": 1, "empty": 2, "cut": 1}
+    # A training feed has them, for the history of its run.
+    config = feed.DatasetConfig("texts", {"targets": 8}, "train", 2, cache_dir=tmp_path / "cache")
+    with feed.open_feed(config) as opened:
+        assert opened.counts == stream.counts
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pair_files
 import pytest
 
 import tasks
+from t5x_ssm.data.examples import open_examples
 from tasks.corpora.settings import CorpusError
 from tasks.pairs import metrics, prompts, ranking
 
@@ -156,6 +157,28 @@ def test_few_shot_prompts_hold_solved_questions_but_never_the_question_itself(tm
     (tmp_path / "RTE" / "val.jsonl").write_text(json.dumps({"premise": "P"}) + "\n")
     with pytest.raises(CorpusError, match=r"val\.jsonl, line 1: this is no record of RTE \(KeyError: 'hypothesis'\)"):
         list(task_of("superglue_rte").source.examples("validation"))
+
+
+def test_a_scorer_by_hand_answers_superglue(tmp_path, monkeypatch):
+    """The scorer likes short answers: right for the first question and wrong for the second, by bytes the other way."""
+    records = [
+        {"premise": "A.", "choice1": "Short.", "choice2": "Much longer.", "question": "cause", "label": 0},
+        {"premise": "B.", "choice1": "Tiny.", "choice2": "Also longer.", "question": "effect", "label": 1},
+    ]
+    pair_files.write(tmp_path / "COPA" / "val.jsonl", pair_files.lines(*records))
+    monkeypatch.setenv("T5X_SSM_SUPERGLUE", str(tmp_path))
+    (task,) = open_examples("superglue_copa", "validation")
+    examples = list(task)
+    assert [e.targets_text for e in examples] == [" short.", " much longer.", " tiny.", " also longer."]
+    assert examples[2].inputs_text == "B therefore" and examples[2].inputs.tolist() == [3 + b for b in b"B therefore"]
+    assert examples[0].targets.tolist() == [3 + byte for byte in b" short."]  # without an end
+    scores = [-5.0 - len(e.targets_text) / 10 for e in examples]
+    found = task.metrics(examples, scores, "score")
+    assert found == {"accuracy": 50.0, "accuracy_by_length": 50.0, "questions": 2.0}
+    assert task.has_metrics("score") and not task.has_metrics("predict")
+    # Only a question whose choices have all been read counts.
+    assert task.metrics(examples[:3], scores[:3], "score")["questions"] == 1
+    assert [t.name for t in open_examples("superglue", "validation")] == [f"superglue_{n}" for n in prompts.TEMPLATES]
 
 
 def choices(number, right, sizes):
