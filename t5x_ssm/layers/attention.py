@@ -275,6 +275,9 @@ class Attention(nn.Module):
             return (ring_k, ring_v, count + real), out
 
         ring = (keys.value, values.value, seen.value)
+        if length == 1:
+            (keys.value, values.value, seen.value), out = self._next_token(q, k, v, ring, consumed, attend)
+            return out
         outs = []
         for start in range(0, length, slots):
             piece = slice(start, min(start + slots, length))
@@ -282,3 +285,23 @@ class Attention(nn.Module):
             outs.append(out)
         keys.value, values.value, seen.value = ring
         return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+
+    def _next_token(self, q, k, v, ring, consumed, attend):
+        """Writes one token into the ring and attends to the ring as it then is, of which nothing is copied.
+
+        The token takes the place of the one that lies a whole ring back, which no local span still sees.
+        """
+        ring_k, ring_v, count = ring
+        slots, pos = ring_k.shape[1], count[:, None]
+        if self.rotary:
+            q, k = rotate(q, pos), rotate(k, pos)
+        rows = jnp.arange(ring_k.shape[0])
+        # The token of a row that consumes none is sent to a slot that does not exist, and dropped.
+        target = jnp.where(consumed > 0, count % slots, slots)
+        ring_k = ring_k.at[rows, target].set(k[:, 0].astype(ring_k.dtype), mode="drop")
+        ring_v = ring_v.at[rows, target].set(v[:, 0].astype(ring_v.dtype), mode="drop")
+        # The newest position that each slot can hold, negative where nothing was written yet.
+        k_pos = pos - (pos - jnp.arange(slots, dtype=jnp.int32)) % slots
+        visible = self._visible(pos, k_pos, None, None) & (k_pos >= 0)[:, None, :]
+        out = attend(q, ring_k.astype(q.dtype), ring_v.astype(q.dtype), pos, k_pos, visible)
+        return (ring_k, ring_v, count + jnp.clip(consumed, 0, 1)), out
