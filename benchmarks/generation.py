@@ -42,6 +42,8 @@ def build(kind: str, flags: argparse.Namespace, hidden: int) -> Decoder:
         pattern=pattern,
         mixers={"h3": H3, "attn": functools.partial(Attention, num_heads=flags.heads, rotary=True, use_bias=True)},
         mlp=functools.partial(MLP, hidden=hidden, use_bias=True),
+        # Unrolled, so that no layer's cache is copied out of and into one array over the layers.
+        scan_layers=False,
         dtype=flags.dtype,
     )
 
