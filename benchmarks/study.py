@@ -1,4 +1,4 @@
-"""All systems at equal parameters and equal tokens: `python -m benchmarks.study [--systems=gss,h3] [--steps=400]`.
+"""All systems at equal parameters and equal tokens: `python -m benchmarks.study [--systems=gss,h3] [--steps=300]`.
 
 Every system is a pattern in the frame of benchmarks/study.gin: the same width, depth, vocabulary, types, optimizer, batches and
 order of them. The width of the feed-forward blocks (of GSS, whose gate is one, that of the gate) is chosen so that all have as
@@ -14,7 +14,10 @@ interrupted goes on from its checkpoint in --work_dir. Writes docs/results/study
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -24,13 +27,17 @@ from typing import Any
 
 import gin
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import report, study_report
 from t5x_ssm import config as config_lib
 from t5x_ssm import train as train_lib
 from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.errors import UserError
+from t5x_ssm.models.objectives import cross_entropy
 from t5x_ssm.parallel.mesh import MeshConfig, make_mesh
+from t5x_ssm.training import restoring
 from t5x_ssm.training.metrics import history
 from t5x_ssm.training.sharded_state import abstract_parameters
 from t5x_ssm.training.trainer import Trainer
@@ -55,7 +62,7 @@ BASELINE = "transformer-full"
 # Feed-forward widths are multiples of this.
 MULTIPLE = 8
 # Lengths of evaluation, in training lengths.
-TIMES_LONGER = (1, 4, 16)
+TIMES_LONGER = (1, 2, 4, 8, 16)
 
 
 def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
@@ -116,35 +123,85 @@ def matched_widths(systems: list[str], settings: dict[str, Any]) -> dict[str, in
     return {name: own if name == BASELINE else matched_width(name, target, settings) for name in systems}
 
 
-def train_and_evaluate(system: str, hidden: int, settings: dict[str, Any], work_dir: pathlib.Path) -> dict[str, Any]:
-    """One system through the commands of the engine.
+def train(system: str, hidden: int, settings: dict[str, Any], model_dir: pathlib.Path) -> dict[str, Any]:
+    """One system through the engine's training command.
 
     Returns:
-      curve: [[tokens seen, bits per byte of the steps since the last], …] in training; evaluation: {length: {task:
-      bits_per_byte, tokens and by_position}}, held out; wall_seconds of the training command, starting and compiling included.
+      curve: [[tokens seen, bits per byte of the steps since the last], …]; skipped_steps; wall_seconds of the command, starting
+      and compiling included.
     """
-    model_dir = work_dir / system
     flags = [f"--gin.{binding}" for binding in bindings(system, hidden, settings, str(model_dir))]
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "t5x_ssm.train", f"--gin_file={GIN_FILE}", *flags], check=True)
     seconds = time.perf_counter() - began
-    own = settings["TASK_FEATURE_LENGTHS"]["targets"]
-    lengths = ",".join(str(own * times) for times in TIMES_LONGER)
-    subprocess.run(
-        [sys.executable, "-m", "t5x_ssm.eval", f"--model_dir={model_dir}", f"--lengths={lengths}"], check=True
-    )
     lines = history(model_dir / "metrics.jsonl", split="train")
-    evaluation = json.loads((model_dir / "evaluation" / "eval_results.json").read_text())["lengths"]
-    kept = ("bits_per_byte", "tokens", "by_position")
     return {
         "curve": [[int(line["tokens_total"]), round(line["bits_per_byte"], 5)] for line in lines],
         "skipped_steps": int(lines[-1]["skipped_total"]),
-        "evaluation": {
-            length: {task: {name: found[name] for name in kept} for task, found in tasks.items()}
-            for length, tasks in evaluation.items()
-        },
         "wall_seconds": round(seconds, 1),
     }
+
+
+def evaluate(
+    system: str, hidden: int, settings: dict[str, Any], model_dir: pathlib.Path, tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Held-out bits per byte of a trained system, in windows of running text.
+
+    Args:
+      system, hidden, settings: as it was trained.
+      model_dir: its run folder.
+      tokens: of each domain: the same first ones at every length.
+
+    Returns:
+      {length: {task: {bits_per_byte, tokens, by_position: {position, bits_per_byte}}}}
+    """
+    run = configured(system, hidden, settings)
+    model, cfg = run["model"], run["train_eval_dataset_cfg"]
+    own = cfg.task_feature_lengths[feed_lib.TARGETS]
+    mesh = make_mesh(MeshConfig())
+    params = None
+
+    @jax.jit
+    def costs_by_position(params, batch):
+        _, nats, _ = cross_entropy(model.logits(params, batch), batch["decoder_target_tokens"])
+        weights = batch["decoder_loss_weights"].astype(nats.dtype)
+        return jnp.sum(nats * weights, axis=0), jnp.sum(weights, axis=0)
+
+    results: dict[str, dict[str, Any]] = {}
+    with jax.set_mesh(mesh):
+        for length in (own * times for times in TIMES_LONGER):
+            windows = dataclasses.replace(
+                cfg,
+                task_feature_lengths={feed_lib.TARGETS: length},
+                batch_size=max(1, own * cfg.batch_size // length),
+            )
+            if params is None:
+                shapes = train_lib.batch_shapes(windows)
+                params = restoring.restore_parameters(str(model_dir), abstract_parameters(model, shapes, mesh)).params
+            results[str(length)] = found = {}
+            for task, feed in feed_lib.open_evaluation(windows).items():
+                batches = min(len(feed), max(1, tokens // (windows.batch_size * length)))
+                sums = [costs_by_position(params, batch) for batch in itertools.islice(feed, batches)]
+                nats, weights = (np.sum([np.asarray(s[i], np.float64) for s in sums], axis=0) for i in (0, 1))
+                bits_a_nat = feed.num_tokens(batches) / feed.num_bytes(batches) / math.log(2)
+                found[task] = {
+                    "bits_per_byte": float(nats.sum() / weights.sum() * bits_a_nat),
+                    "tokens": int(weights.sum()),
+                    "by_position": curve_of(nats * bits_a_nat, weights),
+                }
+    return results
+
+
+def curve_of(costs: np.ndarray, weights: np.ndarray) -> dict[str, list[float]]:
+    """Means over ranges of positions that double: {position: middles of the ranges, bits_per_byte}."""
+    length = len(costs)
+    edges = [0, *(2**i for i in range(3, length.bit_length()) if 2**i < length), length]
+    curve: dict[str, list[float]] = {"position": [], "bits_per_byte": []}
+    for low, high in itertools.pairwise(edges):
+        if weight := weights[low:high].sum():
+            curve["position"].append((low + high) / 2)
+            curve["bits_per_byte"].append(float(costs[low:high].sum() / weight))
+    return curve
 
 
 def costs(widths: dict[str, int], settings: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -212,12 +269,13 @@ def main() -> None:
     parser.add_argument(
         "--width", type=int, default=48, help="of the residual stream; a multiple of 3 heads of even width"
     )
-    parser.add_argument("--length", type=int, default=256, help="of training")
-    parser.add_argument("--window", type=int, default=32, help="of sliding and chunked attention")
+    parser.add_argument("--length", type=int, default=128, help="of training")
+    parser.add_argument("--window", type=int, default=16, help="of sliding and chunked attention")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--learning_rate", type=float, default=5e-3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learning_rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval_tokens", type=int, default=16384, help="of each held-out domain, at every length")
     parser.add_argument("--rounds", type=int, default=9, help="of timed steps; 0 leaves speed and memory out")
     parser.add_argument("--work_dir", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "t5x_ssm_study")
     parser.add_argument("--output_dir", type=pathlib.Path, default=RESULTS)
@@ -230,10 +288,17 @@ def main() -> None:
     widths = matched_widths(systems, settings)
     folder = flags.output_dir / "study"
     for system, hidden in widths.items():
-        asked = {"settings": settings, "pattern": PATTERNS[system], "hidden": hidden}
+        asked = {
+            "settings": settings,
+            "pattern": PATTERNS[system],
+            "hidden": hidden,
+            "eval_tokens": flags.eval_tokens,
+        }
         path = folder / f"{system}.json"
         if not done(path, asked):
-            figures = train_and_evaluate(system, hidden, settings, flags.work_dir)
+            model_dir = flags.work_dir / system
+            figures = train(system, hidden, settings, model_dir)
+            figures["evaluation"] = evaluate(system, hidden, settings, model_dir, flags.eval_tokens)
             about = {
                 "system": system,
                 "parameters": count_parameters(system, hidden, settings),

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from benchmarks import study, study_report
@@ -112,6 +113,13 @@ def test_a_page_before_any_speed_is_measured_has_the_plots_that_need_none(tmp_pa
     assert all(name in page for name in plots) and "loss_by_time" not in page
 
 
+def test_positions_are_averaged_over_ranges_that_double():
+    curve = study.curve_of(np.arange(20.0), np.array([2.0] * 10 + [1.0] * 10))
+    assert curve["position"] == [4.0, 12.0, 18.0]
+    # Sums of 0…7, 8…15 and 16…19 over what they weigh.
+    np.testing.assert_allclose(curve["bits_per_byte"], [28 / 16, 92 / 10, 70 / 4])
+
+
 def test_only_an_answer_to_the_same_question_is_kept(tmp_path):
     path = tmp_path / "h3.json"
     asked = {"settings": SETTINGS}
@@ -128,11 +136,15 @@ def test_a_system_is_trained_evaluated_and_timed(tmp_path, training_caches, monk
     monkeypatch.setitem(study.PATTERNS, "gss", "gss")
     monkeypatch.setattr(study, "TIMES_LONGER", (1, 2))
     settings = {**SETTINGS, "MIXTURE_OR_TASK_NAME": "prose_and_code", "TRAIN_STEPS": 20}
-    found = study.train_and_evaluate("gss", 16, settings, tmp_path)
-    assert [tokens for tokens, _ in found["curve"]] == [320, 640]
-    assert found["curve"][1][1] < found["curve"][0][1] < 1.05 * math.log2(259)
-    assert found["evaluation"].keys() == {"16", "32"}
-    assert found["evaluation"]["16"]["prose"]["tokens"] == found["evaluation"]["32"]["prose"]["tokens"]
+    curve = study.train("gss", 16, settings, tmp_path / "run")["curve"]
+    assert [tokens for tokens, _ in curve] == [320, 640]
+    assert curve[1][1] < curve[0][1] < 1.05 * math.log2(259)
+    found = study.evaluate("gss", 16, settings, tmp_path / "run", tokens=64)
+    assert found.keys() == {"16", "32"}
+    for length, tasks in found.items():
+        assert {task["tokens"] for task in tasks.values()} == {64}
+        # Of 259 ids a network that has learnt anything leaves out some.
+        assert all(task["bits_per_byte"] < 1.05 * math.log2(259) for task in tasks.values()), length
     costs = study.costs({"gss": 16}, settings, rounds=2)
     assert costs["gss"]["tokens_per_second"]["repeats"] == 2
     assert costs["gss"]["total_MiB"] > costs["gss"]["temporary_MiB"] > 0
