@@ -7,6 +7,7 @@ TensorFlow and seqio; the token cache has neither limit.
 """
 
 import base64
+import collections
 import contextlib
 import pathlib
 import tempfile
@@ -79,13 +80,14 @@ class LiveFeed(PrefetchedFeed):
         with for_the_user(self._tasks):
             if self._prefetcher is None:
                 self._prefetcher = self._start()
+                self.counts |= self._left_out()
             batch, snapshot = self._prefetcher.next()
         if snapshot is not None:
             self._snapshot = (self._step, snapshot)
         self._step += 1
         if self._eos_ids is not None:
             cut = cut_texts(batch, self._eos_ids)
-            self.counts = {name: self.counts.get(name, 0) + count for name, count in cut.items()}
+            self.counts |= {name: self.counts.get(name, 0) + count for name, count in cut.items()}
         return batch
 
     def state(self) -> dict[str, Any]:
@@ -123,6 +125,14 @@ class LiveFeed(PrefetchedFeed):
             return {name: value.numpy() for name, value in next(iterator).items()}, taken
 
         return Prefetcher(produce, depth=self._depth)
+
+    def _left_out(self) -> dict[str, int]:
+        """What the sources left out of the split when it was opened, by name; nothing of those that cannot tell."""
+        counts: collections.Counter[str] = collections.Counter()
+        for task in self._tasks:
+            if left_out := getattr(task.source, "left_out", None):
+                counts.update(left_out(self._config.split))
+        return dict(counts)
 
     def _dataset(self):
         import seqio

@@ -122,6 +122,7 @@ class CorpusSource(seqio.DataSource):
             ]
 
         def generate() -> Iterator[dict[str, bytes]]:
+            self.failure = None
             try:
                 for document in self.documents(split, files):
                     yield {"targets": document}

@@ -21,11 +21,7 @@ STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"
 
 
 class RecordSource(seqio.DataSource):
-    """Records {field: text}, and {'label': index} where there are labels.
-
-    `counts` says what the last reading left out: `malformed` lines of tables, and records with an `empty` text. `failure` is
-    the last error in reading, which TensorFlow may hide in one of its own.
-    """
+    """Records {field: text}, and {'label': index} where there are labels."""
 
     def __init__(
         self,
@@ -53,8 +49,7 @@ class RecordSource(seqio.DataSource):
           tfds_splits: TFDS's names of the splits, where they are others.
         """
         super().__init__(splits=tuple(stems))
-        self.counts: collections.Counter = collections.Counter()
-        self.failure: Exception | None = None
+        self._left_out: dict[str, collections.Counter] = {}
         self._location, self._fields, self._stems = location, dict(fields), dict(stems)
         self._folders, self._columns = tuple(folders), columns
         self._labels, self._label_fields = tuple(labels), tuple(label_fields)
@@ -97,6 +92,10 @@ class RecordSource(seqio.DataSource):
             order = order.shuffle(len(found), seed=seed)
         return order.map(lambda i: {field: tf.gather(column, i) for field, column in tensors.items()})
 
+    def left_out(self, split: str) -> dict[str, int]:
+        """What the last reading of a split left out: `malformed` lines of a table, and records with an `empty` text."""
+        return dict(self._left_out.get(split, {}))
+
     def read(self, split: str) -> Iterator[dict[str, str | int]]:
         """The records of a split of a folder, in the order of its file.
 
@@ -104,13 +103,13 @@ class RecordSource(seqio.DataSource):
           CorpusError: there is no file, nothing in it, or a record without a field.
         """
         path, none = self._file(split), True
-        self.counts.clear()
-        for where, record in records.read(path, self.counts, self._columns):
+        counts = self._left_out[split] = collections.Counter()
+        for where, record in records.read(path, counts, self._columns):
             found: dict[str, Any] = {
                 name: str(records.field(record, names, where)) for name, names in self._fields.items()
             }
             if not all(text.strip() for text in found.values()):
-                self.counts["empty"] += 1
+                counts["empty"] += 1
                 continue
             if self._labels:
                 found[LABEL] = self._label(records.field(record, self._label_fields, where), where)

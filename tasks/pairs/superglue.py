@@ -103,6 +103,7 @@ class QuestionSource(seqio.DataSource):
         del shuffle, seed, shard_info
 
         def generate() -> Iterator[dict[str, Any]]:
+            self.failure = None
             try:
                 yield from self.examples(split)
             except Exception as error:

@@ -27,7 +27,8 @@ def folder(tmp_path, monkeypatch):
     tasks.register()
     for split in ("train", "validation"):
         records = [json.dumps({"document": document, "summary": summary}) + "\n" for document, summary in RECORDS]
-        (tmp_path / f"{split}.jsonl").write_text("".join(records))
+        # A record without a summary is left out.
+        (tmp_path / f"{split}.jsonl").write_text("".join(records) + json.dumps({"document": "x", "summary": ""}))
     monkeypatch.setenv("T5X_SSM_SUMMARIZATION", str(tmp_path))
     return tmp_path
 
@@ -89,13 +90,13 @@ def test_cut_texts_are_counted_and_the_count_goes_on(objective, pack, monkeypatc
     with open_feed(config, seed=3) as feed:
         for epoch in range(1, 4):
             feed.next()
-            assert feed.counts == {"cut_inputs": 2 * epoch, "cut_targets": 2 * epoch}
+            assert feed.counts == {"cut_inputs": 2 * epoch, "cut_targets": 2 * epoch, "empty": 1}
         state = json.loads(json.dumps(feed.state()))
         feed.next()
     with open_feed(config, seed=3) as resumed:
         resumed.restore(state)
         resumed.next()
-        assert resumed.counts == feed.counts == {"cut_inputs": 8, "cut_targets": 8}
+        assert resumed.counts == feed.counts == {"cut_inputs": 8, "cut_targets": 8, "empty": 1}
 
 
 def test_mistakes_are_explained(folder):

@@ -36,7 +36,7 @@ def test_glue_is_read_into_t5s_format(name, tmp_path, monkeypatch):
     monkeypatch.setenv("T5X_SSM_GLUE", str(tmp_path))
     assert texts(f"glue_{name}") == expected
     # The one line with too few fields is counted, not dropped in silence.
-    assert task_of(f"glue_{name}").source.counts["malformed"] == (name == "qqp")
+    assert task_of(f"glue_{name}").source.left_out("train") == ({"malformed": 1} if name == "qqp" else {})
 
 
 def test_texts_are_tokenised_and_end(tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_texts_are_tokenised_and_end(tmp_path, monkeypatch):
     (example,) = task.get_dataset(None, "train", shuffle=False, try_in_mem_cache=False).as_numpy_iterator()
     assert example["inputs"].tolist() == [3 + byte for byte in b"summarize: abc"] + [1]
     assert example["targets"].tolist() == [3 + ord("b"), 1]
-    assert task.source.counts["empty"] == 1
+    assert task.source.left_out("train") == {"empty": 1} and task.source.left_out("test") == {}
     (cut,) = task.get_dataset({"inputs": 5, "targets": 9}, "train", shuffle=False).as_numpy_iterator()
     assert cut["inputs"].tolist() == [3 + byte for byte in b"summa"]
 
