@@ -62,12 +62,12 @@ class PairGenerator:
         """
         self.network, self.params = network, params
 
-        def encode(params: Any, inputs: Array) -> dict[str, Any]:
-            encoded = network.apply({"params": params}, inputs, enable_dropout=False, method="encode")
-            return {"network": params, "encoded": encoded, "inputs": inputs}
+        def encode(params: Any, inputs: Array) -> Array:
+            return network.apply({"params": params}, inputs, enable_dropout=False, method="encode")
 
         self._encode = jax.jit(encode)
-        shapes = jax.eval_shape(encode, params, jax.ShapeDtypeStruct((1, SHORTEST), jnp.int32))
+        one = jax.ShapeDtypeStruct((1, SHORTEST), jnp.int32)
+        shapes = {"network": params, "encoded": jax.eval_shape(encode, params, one), "inputs": one}
         self._generator = Generator(EncodedNetwork(network), shapes)
 
     def generate(
@@ -93,7 +93,8 @@ class PairGenerator:
                 f"max_new_tokens = {max_new_tokens}, but the decoder has only {positions} learned positions "
                 "(MAX_TARGET_LENGTH)."
             )
-        given = self._encode(self.params, padded_to_power(np.asarray(inputs, np.int32)))
+        inputs = padded_to_power(np.asarray(inputs, np.int32))
+        given = {"network": self.params, "encoded": self._encode(self.params, inputs), "inputs": inputs}
         generator = self._generator.with_params(given)
         state = generator.start(inputs.shape[0], max_new_tokens)
         settings = {"eos_id": eos_id, "seeds": seeds, "steps_per_call": steps_per_call}
