@@ -147,6 +147,29 @@ def test_a_task_without_inputs_is_cut_into_prompt_and_rest(run_folder):
 
 
 @pytest.mark.slow
+def test_a_tasks_metrics_are_of_the_scores_that_are_written(run_folder, tmp_path, monkeypatch):
+    """SuperGLUE's COPA in the published form: the answer is the choice of the higher score."""
+    questions = [("The rain fell.", "It got wet.", "It flew.", 0), ("He ran.", "He sat.", "He was late.", 1)] * 2
+    (tmp_path / "COPA").mkdir()
+    with (tmp_path / "COPA" / "val.jsonl").open("w") as file:
+        for i, (premise, first, second, label) in enumerate(questions):
+            record = {"premise": premise, "choice1": first, "choice2": second, "question": "effect", "label": label}
+            file.write(json.dumps(record | {"label": (label + (i > 1)) % 2, "idx": i}) + "\n")
+    monkeypatch.setenv("T5X_SSM_SUPERGLUE", str(tmp_path))
+    flags = [f"--model_dir={run_folder}", "--task=superglue_copa", "--mode=score", f"--output_dir={tmp_path}"]
+    assert infer.main(flags) == 0
+    written = lines(tmp_path, "superglue_copa-validation-score")
+    assert [line["inputs"] for line in written[:4:2]] == ["The rain fell therefore", "He ran therefore"]
+    scores = np.array([line["score"] for line in written]).reshape(4, 2)
+    sizes = np.array([len(line["targets"]) for line in written]).reshape(4, 2)
+    right = np.array([0, 1, 1, 0])
+    found = json.loads((tmp_path / "superglue_copa-validation-score-metrics.json").read_text())
+    assert found["accuracy"] == 100 * np.mean(scores.argmax(1) == right) == 50
+    assert found["accuracy_by_length"] == 100 * np.mean((scores / sizes).argmax(1) == right)
+    assert (found["examples"], found["questions"]) == (8, 4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag, message",
     [
