@@ -2,7 +2,7 @@
 
 An input is the task's name and its named sentences ('mnli hypothesis: … premise: …'), a target the label's name.
 $T5X_SSM_GLUE is GLUE's unpacked folder (SST-2/train.tsv, …), one with JSON lines in its place (sst2/train.jsonl), or tfds:glue.
-The published test sets have no labels, and are not here.
+The published test sets have no labels, and are not here; nor is STS-B, whose labels are numbers.
 """
 
 import functools

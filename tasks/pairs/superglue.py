@@ -10,6 +10,7 @@ $T5X_SSM_SUPERGLUE is the published archive, unpacked: BoolQ/train.jsonl, BoolQ/
 
 import collections
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,13 +59,7 @@ class QuestionSource(seqio.DataSource):
         Raises:
           CorpusError: it is missing, or a record is not as the published ones are.
         """
-        root = settings.location("superglue")
-        for folder in (self._folder, self._name):
-            if path := records.find_file(root / folder, STEMS[split]):
-                break
-        else:
-            raise settings.CorpusError(f"There is no file of the split {split!r} in {root / self._folder}.")
-        for where, record in records.read(path, collections.Counter()):
+        for where, record in records.read(self._file(split), collections.Counter()):
             try:
                 yield from self._template(record)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -72,6 +67,13 @@ class QuestionSource(seqio.DataSource):
                 raise settings.CorpusError(
                     f"{where}: this is no record of {self._folder} ({kind}: {error})."
                 ) from error
+
+    def _file(self, split: str) -> pathlib.Path:
+        root = settings.location("superglue")
+        for folder in (self._folder, self._name):
+            if path := records.find_file(root / folder, STEMS[split]):
+                return path
+        raise settings.CorpusError(f"There is no file of the split {split!r} in {root / self._folder}.")
 
     def examples(self, split: str) -> Iterator[dict[str, Any]]:
         """Every choice of every question."""
@@ -101,6 +103,7 @@ class QuestionSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         """Always in order: the choices of a question belong together."""
         del shuffle, seed, shard_info
+        self._file(split)  # An error here is not buried in TensorFlow's.
 
         def generate() -> Iterator[dict[str, Any]]:
             self.failure = None
