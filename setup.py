@@ -41,6 +41,7 @@ setuptools.setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "scipy>=1.14,<2",
+        "sentencepiece>=0.2.3,<0.3",
         "seqio>=0.0.20,<0.1",
         "tensorboardX>=2.6,<3",
         "tqdm>=4.66,<5",

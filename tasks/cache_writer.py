@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks import cache_files
+from tasks import cache_files, plain_text
 from tasks.cache_files import DATA_FILES, FEATURE, CacheError
 
 if TYPE_CHECKING:
@@ -212,6 +212,10 @@ def _documents(
     task: "seqio.Task", split: str, index: int, count: int, texts: tuple[str, ...]
 ) -> Iterator[tuple[np.ndarray, int, np.ndarray | None]]:
     """As `documents`; of a labelled task also the class ids [1], with the first document of each example."""
+    if texts == (FEATURE,) and plain_text.is_plain(task):
+        for tokens, byte_length in plain_text.documents(task, split, index, count):
+            yield tokens, byte_length, None
+        return
     shard = {}
     if count > 1:
         import seqio
@@ -268,7 +272,7 @@ def _finish_split(task, directory, split, identity, vocabulary, published) -> No
         "counts": counts,
         "dtype": np.dtype(np.min_scalar_type(vocabulary["size"] - 1)).newbyteorder("<").str,
         "vocabulary": vocabulary,
-        "made_by": {name: cache_files.version(name) for name in ("t5x_ssm", "seqio", "python")},
+        "made_by": {name: cache_files.version(name) for name in ("t5x_ssm", "seqio", "sentencepiece", "python")},
         "shards": shards,
     }
     if published and published["documents"] == total["documents"]:
