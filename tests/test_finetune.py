@@ -54,11 +54,16 @@ def data(tmp_path_factory):
     for split, count, seed in (("train", 400, 0), ("validation", 24, 1)):
         records = [json.dumps({"document": text, "summary": text.split()[0]}) + "\n" for text in documents(count, seed)]
         (root / f"{split}.jsonl").write_text("".join(records))
+    for split, count, seed in (("train", 400, 0), ("dev", 24, 1)):
+        table = [f"{text}\t{int(text < 'd')}\n" for text in documents(count, seed)]
+        (root / "SST-2").mkdir(exist_ok=True)
+        (root / "SST-2" / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(table))
     tokens = [[*(3 + byte for byte in text.encode()), 1] for text in documents(60, 2)]
     write_mixture(root, "words", {"words": {"train": tokens, "validation": tokens[:20]}}, vocabulary=byte_vocabulary())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("T5X_SSM_CACHE_DIR", str(root))
         patch.setenv("T5X_SSM_SUMMARIZATION", str(root))
+        patch.setenv("T5X_SSM_GLUE", str(root))
         yield root
 
 
@@ -129,6 +134,28 @@ def test_an_encoder_decoder_from_span_corruption_to_summaries(tmp_path):
     assert found["tokens"] == 24 * 6 and found["accuracy"] >= 0.95
     held_out = history(tuned / "metrics.jsonl", "validation/summarization")[-1]
     np.testing.assert_allclose(held_out["nats_per_token"], found["nats_per_token"], rtol=1e-5)
+
+
+@pytest.mark.nightly
+def test_an_encoder_decoder_writes_the_names_of_classes(tmp_path):
+    """A sentence is positive if it begins with one of the first three words."""
+    settings = {
+        "MODEL_DIR": tmp_path,
+        "INITIAL_CHECKPOINT_PATH": None,
+        "MIXTURE_OR_TASK_NAME": "glue_sst2",
+        "TASK_FEATURE_LENGTHS": {"inputs": 36, "targets": 12},
+        "TRAIN_STEPS": STEPS,
+    }
+    run(("networks/spade_tiny", "optimizers/adamw_cosine", "runs/finetune_pairs"), SPADE | COMMON | settings)
+    assert infer.main([f"--model_dir={tmp_path}", "--max_new_tokens=12", "--batch_size=24"]) == 0
+    folder = tmp_path / "inference"
+    written = [json.loads(line) for line in (folder / "glue_sst2-validation-predict.jsonl").open()]
+    wanted = ["positive" if text.split()[0] in WORDS[:3] else "negative" for text in documents(24, 1)]
+    assert {*wanted} == {"positive", "negative"} and [line["targets"] for line in written] == wanted
+    share = np.mean([line["prediction"] == name for line, name in zip(written, wanted, strict=True)])
+    assert share >= 0.9
+    found = json.loads((folder / "glue_sst2-validation-predict-metrics.json").read_text())
+    assert found == {"examples": 24, "accuracy": pytest.approx(100 * share)}
 
 
 @pytest.mark.nightly
