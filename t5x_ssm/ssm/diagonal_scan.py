@@ -7,8 +7,9 @@ Here the length is cut into Q blocks of T tokens that advance side by side, so t
   2. the blocks' last states pass through Ā^T, one block after another;
   3. every block runs again, from the state that truly enters it, over its own input in place.
 
-The sequence is read twice and written once, whatever L is. The gradient is the same recurrence in reversed time with the
-conjugate Ā, so it is written once and costs the same; nothing but the states is kept for it.
+The sequence is read twice and written once, whatever L is; on TPUs a kernel of `pallas_scan` reads it once. The gradient is the
+same recurrence in reversed time with the conjugate Ā, so it is written once and costs the same; nothing but the states is
+kept for it.
 
 Shape suffixes: B batch, L length, Q blocks, T steps in a block, P modes. A complex array has an axis of two planes, real
 and imaginary, before the modes.
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from t5x_ssm.ssm import pallas_scan
 from t5x_ssm.ssm.powers import Pole, multiply, power
 
 # Floats of the states that advance in one step: enough that a step outlasts its start, few enough to stay in cache.
@@ -33,15 +35,16 @@ LONGEST_BLOCK = 256
 
 
 class _Multiplier(NamedTuple):
-    """Ā and Ā^T in planes, each field [P]."""
+    """Ā and Ā^T in planes, each field [P], and what the kernel for TPUs multiplies by."""
 
     re: jax.Array
     im: jax.Array
     block_re: jax.Array
     block_im: jax.Array
+    powers: pallas_scan.Powers
 
     def conjugate(self):
-        return _Multiplier(self.re, -self.im, self.block_re, -self.block_im)
+        return _Multiplier(self.re, -self.im, self.block_re, -self.block_im, self.powers.conjugate())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -65,7 +68,7 @@ def states(pole: Pole, v, state, resets=None, reverse: bool = False):
 def _forward(pole, v, state, resets, reverse):
     block = _block_length(*v.shape)
     re, im = power(pole, jnp.array([1, block]))
-    multiplier = _Multiplier(re[:, 0], im[:, 0], re[:, 1], im[:, 1])
+    multiplier = _Multiplier(re[:, 0], im[:, 0], re[:, 1], im[:, 1], pallas_scan.powers(pole))
     x, _ = _run(multiplier, v, state, resets, block, reverse)
     return x, (multiplier, x, state, resets)
 
@@ -114,7 +117,7 @@ def _times(re, im, x):
 
 
 def _run(multiplier, v, state, resets, block, reverse, partner=None):
-    """The recurrence in blocks.
+    """The recurrence, by the implementation of the platform.
 
     Args:
       multiplier: see `_Multiplier`.
@@ -126,6 +129,25 @@ def _run(multiplier, v, state, resets, block, reverse, partner=None):
       The states [B, L, 2, P]; with a partner y also the real and imaginary part of Σ conj(y[l]) x[l-1] (l+1 when
       `reverse`) where no reset is between, each [P].
     """
+    barriers = None
+    if resets is not None:
+        # In reverse it is the reset of the token after that cuts.
+        barriers = jnp.pad(resets[:, 1:], [(0, 0), (0, 1)]) if reverse else resets
+
+    def in_blocks(multiplier, *arrays):
+        return _run_in_blocks(multiplier, *arrays, block=block, reverse=reverse)
+
+    def in_kernel(multiplier, v, state, barriers, partner):
+        return pallas_scan.scan(multiplier.powers, v, state, barriers, reverse, partner)
+
+    arrays = (multiplier, v, state, barriers, partner)
+    if v.dtype != jnp.float32:
+        return in_blocks(*arrays)
+    return lax.platform_dependent(*arrays, tpu=in_kernel, default=in_blocks)
+
+
+def _run_in_blocks(multiplier, v, state, barriers, partner, *, block, reverse):
+    """The recurrence in blocks; `barriers`, bool [B, L] or None, are where the state that would enter a token is zero."""
     batch, length = v.shape[:2]
     blocks = -(-length // block)
     # Zeros go where the run ends, so that the given state meets the first token.
@@ -139,11 +161,7 @@ def _run(multiplier, v, state, resets, block, reverse, partner=None):
 
     v = in_blocks(v)
     partner = None if partner is None else in_blocks(partner)
-    barriers = None
-    if resets is not None:
-        # In reverse it is the reset of the token after that cuts.
-        cut = jnp.pad(resets[:, 1:], [(0, 0), (0, 1)]) if reverse else resets
-        barriers = in_blocks(cut)
+    barriers = None if barriers is None else in_blocks(barriers)
 
     def at(x, t):
         return lax.dynamic_index_in_dim(x, t, axis=2, keepdims=False)
