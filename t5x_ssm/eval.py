@@ -35,8 +35,8 @@ from t5x_ssm import config as config_lib
 from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.errors import UserError
 from t5x_ssm.models.objectives import Classification, cross_entropy
+from t5x_ssm.parallel import batch_parts, processes
 from t5x_ssm.parallel import mesh as mesh_lib
-from t5x_ssm.parallel import processes, rules
 from t5x_ssm.train import batch_shapes, use_compilation_cache
 from t5x_ssm.training import consensus, restoring, run_folder
 from t5x_ssm.training.evaluation import sum_over_batches
@@ -77,7 +77,7 @@ def evaluate(
     use_compilation_cache()
     folder = run_folder.local("EVAL_OUTPUT_DIR", output_dir)
     device_mesh = mesh_lib.make_mesh(mesh)
-    feed_lib.check_config(dataset_cfg, jax.process_count())
+    feed_lib.check_config(dataset_cfg, batch_parts.share(device_mesh)[1])
     if dataset_cfg.objective != "language_model" or feed_lib.INPUTS in dataset_cfg.task_feature_lengths:
         if lengths or across_documents:
             raise UserError(
@@ -110,7 +110,7 @@ def evaluate(
             )
             shapes = batch_shapes(cfg)
             check_batch(shapes, device_mesh, 1)
-            feeds = _open(cfg)
+            feeds = _open(cfg, device_mesh)
             if params is None:
                 restored = restoring.restore_parameters(
                     checkpoint_path, abstract_parameters(model, shapes, device_mesh)
@@ -123,7 +123,7 @@ def evaluate(
                     )
             results = tables[kind][str(length)] = {}
             for task, feed in feeds.items():
-                sums = _totals(by_position(params, _to_device(batch, device_mesh)) for batch in feed)
+                sums = _totals(by_position(params, batch_parts.to_global(batch, device_mesh)) for batch in feed)
                 results[task] = _summary(sums, feed.num_bytes(), feed.num_words)
                 if jax.process_index() == 0:
                     print(_line(task, length, results[task], kind), flush=True)
@@ -137,7 +137,7 @@ def _examples(
     """The checkpoint, and the figures of every task whose examples are classified sequences or pairs."""
     shapes = batch_shapes(cfg)
     check_batch(shapes, mesh, 1)
-    feeds = _open(cfg)
+    feeds = _open(cfg, mesh)
     step = jax.jit(make_eval_step(model))
     results = {}
     with jax.set_mesh(mesh):
@@ -148,7 +148,7 @@ def _examples(
             feed_lib.check_vocabulary(feed.vocabulary, embedding_size=model.network.vocab_size, expected_hash=expected)
             classes = model.network.num_classes if isinstance(model, Classification) else None
             feed_lib.check_classes(feed.vocabulary, classes)
-            batches = (_to_device(batch, mesh) for batch in feed)
+            batches = (batch_parts.to_global(batch, mesh) for batch in feed)
             sums = sum_over_batches(step, restored.params, batches, flax_mutables)
             # Weights count examples of a classifier, and tokens of a target text.
             counted = "tokens" if classes is None else "examples"
@@ -159,9 +159,10 @@ def _examples(
     return restored.path, results
 
 
-def _open(cfg: feed_lib.DatasetConfig) -> dict[str, Any]:
+def _open(cfg: feed_lib.DatasetConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """The feed of every held-out task, on all processes or on none."""
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    part, parts = batch_parts.share(mesh)
+    place = {"process_index": part, "process_count": parts}
     return consensus.succeed_together(lambda: feed_lib.open_evaluation(cfg, barrier=consensus.barrier, **place))
 
 
@@ -225,13 +226,6 @@ def _line(task: str, length: int, result: dict[str, Any], kind: str) -> str:
         f"{task:28} length {length:6,}  {result['bits_per_byte']:.4f} bits/byte  {result['nats_per_token']:.4f} nats/token  "
         f"perplexity {result['perplexity']:.3f}  accuracy {result['accuracy']:.3f}  {result['tokens']:,} tokens{words}{running}"
     )
-
-
-def _to_device(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    return {
-        name: jax.make_array_from_process_local_data(rules.batch_sharding(mesh, rows.ndim), rows)
-        for name, rows in batch.items()
-    }
 
 
 def main(argv: Sequence[str]) -> int:

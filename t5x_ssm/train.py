@@ -23,8 +23,8 @@ from t5x_ssm.data.classification import feature_shapes
 from t5x_ssm.data.evaluation_feeds import EvaluationFeed
 from t5x_ssm.errors import CheckpointError, UserError
 from t5x_ssm.models.objectives import Classification
+from t5x_ssm.parallel import batch_parts, processes
 from t5x_ssm.parallel import mesh as mesh_lib
-from t5x_ssm.parallel import processes
 from t5x_ssm.training import checkpoints, consensus, preemption, restoring, run_folder
 from t5x_ssm.training import goodput as goodput_lib
 from t5x_ssm.training import trainer as trainer_lib
@@ -97,11 +97,12 @@ def train(
         goodput_lib.Goodput(folder if main else None) as goodput,
     ):
         run_folder.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
+        part, parts = batch_parts.share(device_mesh)
         feed = consensus.succeed_together(
             lambda: feed_lib.open_feed(
                 train_dataset_cfg,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=part,
+                process_count=parts,
                 seed=random_seed,
                 barrier=consensus.barrier,
             )
@@ -115,7 +116,7 @@ def train(
         evaluations = []
         if train_eval_dataset_cfg is not None:
             trainer_lib.check_batch(batch_shapes(train_eval_dataset_cfg), device_mesh, 1)
-            evaluations = evaluations_of(train_eval_dataset_cfg, eval_steps, feed.vocabulary)
+            evaluations = evaluations_of(train_eval_dataset_cfg, eval_steps, feed.vocabulary, device_mesh)
 
         checkpointer = checkpoints.Checkpointer(folder, checkpoint_cfg.save)
         loop = trainer_lib.LoopState()
@@ -268,13 +269,12 @@ def batch_shapes(cfg: feed_lib.DatasetConfig) -> dict[str, jax.ShapeDtypeStruct]
 
 
 def evaluations_of(
-    cfg: feed_lib.DatasetConfig, eval_steps: int | None, vocabulary: dict[str, Any]
+    cfg: feed_lib.DatasetConfig, eval_steps: int | None, vocabulary: dict[str, Any], device_mesh: jax.sharding.Mesh
 ) -> list[trainer_lib.Evaluation]:
     """The held-out tasks of `cfg`, of the training data's vocabulary, each limited to `eval_steps` batches."""
+    part, parts = batch_parts.share(device_mesh)
     held_out = consensus.succeed_together(
-        lambda: feed_lib.open_evaluation(
-            cfg, process_index=jax.process_index(), process_count=jax.process_count(), barrier=consensus.barrier
-        )
+        lambda: feed_lib.open_evaluation(cfg, process_index=part, process_count=parts, barrier=consensus.barrier)
     )
     evaluations = []
     for task, task_feed in held_out.items():

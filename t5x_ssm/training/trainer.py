@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.parallel import chips, rules
+from t5x_ssm.parallel import batch_parts, chips
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.training.evaluation import sum_over_batches
 from t5x_ssm.training.goodput import Goodput, device_figures
@@ -129,11 +129,8 @@ class Trainer:
             return initial_state(self.objective, self.optimizer, self.batch_shapes, self.abstract_state, self._init_rng)
 
     def to_device(self, batch: Batch) -> dict[str, jax.Array]:
-        """Makes a global array of every feature from this process's rows."""
-        return {
-            name: jax.make_array_from_process_local_data(rules.batch_sharding(self.mesh, rows.ndim), rows)
-            for name, rows in batch.items()
-        }
+        """Global arrays of every feature from the rows of this process, see `batch_parts.share`."""
+        return batch_parts.to_global(batch, self.mesh)
 
     def evaluate(self, state: TrainState, evaluation: Evaluation) -> dict[str, float]:
         """Loss and its relatives over a held-out set, see `metrics.summarise_sums`."""

@@ -85,7 +85,9 @@ def test_four_processes_train_as_one_does(tmp_path, training_caches, alone):
         (1, 4, {"data": 1, "fsdp": 2, "model": 2}),
         pytest.param(1, 1, {}, marks=pytest.mark.nightly),
         pytest.param(4, 2, {"data": 2, "fsdp": 2, "model": 2}, marks=pytest.mark.nightly),
+        # One axis over both processes, which then hold the same rows.
         pytest.param(2, 1, {"data": 1, "model": 2}, marks=pytest.mark.nightly),
+        pytest.param(2, 1, {"data": 1, "sequence": 2}, marks=pytest.mark.nightly),
     ],
 )
 def test_another_mesh_and_number_of_processes_goes_on(tmp_path, training_caches, alone, two, processes, devices, mesh):
