@@ -83,7 +83,7 @@ def table(plans: Sequence[dict]) -> str:
         predicted, size = plan["predicted"], plan["bytes"]
         seconds, used = predicted["seconds"], predicted["utilisation"]
         rows.append(
-            f"| {plan['name']} | {plan['parameters'] / 1e9:.2f}B | {_slices(plan)} | {plan['batch']} x "
+            f"| {_name(plan)} | {plan['parameters'] / 1e9:.2f}B | {_slices(plan)} | {plan['batch']} x "
             f"{plan['length']} | {size['used'] / 2**30:.1f} of {size['hbm'] / 2**30:.0f} GiB | {plan['hbm_free']:.0%} "
             f"| {plan['flops']['program'] / 1e12:.0f} | {plan['flops']['program_times_passes'] / 1e12:.0f} "
             f"| {_sent(plan) / 1e9:.0f} GB | {predicted['bound_by']} | {seconds['overlapped']:.1f} to {seconds['in_turn']:.1f} s "
@@ -105,11 +105,14 @@ def bounds_table(plans: Sequence[dict]) -> str:
         if used["in_turn"] >= HALF:
             continue
         own = used["in_turn"] * seconds["in_turn"]
-        beside = {"more arithmetic": seconds["compute"] - own, **{text: seconds.get(key, 0.0) for key, text in parts.items()}}
+        beside = {
+            "more arithmetic": seconds["compute"] - own,
+            **{text: seconds.get(key, 0.0) for key, text in parts.items()},
+        }
         most = max(beside, key=beside.get)
         if used["overlapped"] < HALF:
             most += ", however well it overlaps"
-        columns = [plan["name"], _slices(plan), f"{used['in_turn']:.0%} to {used['overlapped']:.0%}"]
+        columns = [_name(plan), _slices(plan), f"{used['in_turn']:.0%} to {used['overlapped']:.0%}"]
         columns += [f"{value:.2f} s" for value in (own, *beside.values())]
         rows.append(f"| {' | '.join([*columns, most])} |\n")
     if not rows:
@@ -132,6 +135,11 @@ def weak_table(plans: Sequence[dict]) -> str:
         for plan in sorted(plans, key=lambda plan: (plan["name"], plan["devices"], plan["slices"]))
     ]
     return head + "".join(rows)
+
+
+def _name(plan: dict) -> str:
+    """Plans that do not say of which program they are may be of an earlier one."""
+    return plan["name"] if "program" in plan else f"{plan['name']} †"
 
 
 def _order(plan: dict) -> tuple:

@@ -54,6 +54,7 @@ def plan(name="gss_7b", topology="v5p:4x4x8", slices=1, devices=128, parameters=
     both = {"overlapped": 1.0, "in_turn": 2.0}
     return {
         "name": name,
+        "program": "0123",
         "topology": topology,
         "slices": slices,
         "devices": devices,
@@ -77,6 +78,9 @@ def test_tables_say_what_plans_say():
         "| gss_1_3b | 1.30B | v5p:4x4x8 | 256 x 4096 | 20.0 of 95 GiB | 79% | 816 | 843 | 50 GB | hbm | 1.0 to 2.0 s "
         "| 40% to 80% | 123 s |"
     )
+    # One that does not say of which program it is.
+    earlier = {name: value for name, value in plan().items() if name != "program"}
+    assert plans.table([earlier]).splitlines()[2].startswith("| gss_7b † | 7.01B |")
     two = plan(topology="v5p:4x4x4", slices=2, collectives=collectives)
     rows = plans.weak_table([plan(topology="v5p:8x8x8", devices=512), two]).splitlines()
     assert rows[2] == ("| gss_7b | 2 x v5p:4x4x4 | 128 | 8192 | 816.0 | 49.50 GB | 48.00 GB | 20.0 GiB | 123 s |")
