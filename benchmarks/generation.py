@@ -91,6 +91,12 @@ def seconds(generator: Generator, prompts: np.ndarray, flags: argparse.Namespace
     return {"read": read, "write": time.perf_counter() - began}
 
 
+def bytes_a_sequence(generator: Generator, batch: int, length: int) -> int:
+    """What the cache of a text of this length takes."""
+    state = jax.eval_shape(lambda: generator.start(batch, length))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache)) // batch
+
+
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
     """Tokens/s of both at every prompt, their ratios, and the bytes that a sequence takes."""
     both = generators(flags)
@@ -102,9 +108,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         speeds: dict[str, dict[str, list[float]]] = {kind: {"writing": [], "all": []} for kind in both}
         memory = {}
         for kind, generator in both.items():
-            state = jax.eval_shape(lambda g=generator, n=length: g.start(flags.batch, n + flags.new_tokens))
-            cache = jax.tree.leaves(state.cache)
-            memory[kind] = sum(leaf.size * leaf.dtype.itemsize for leaf in cache) // flags.batch
+            memory[kind] = bytes_a_sequence(generator, flags.batch, length + flags.new_tokens)
             seconds(generator, prompt, flags)  # compiles
         for _ in range(flags.repeats):
             for kind, generator in both.items():

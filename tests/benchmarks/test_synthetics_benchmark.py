@@ -19,7 +19,7 @@ def test_training_learns_an_answer_that_never_changes(monkeypatch):
 
     monkeypatch.setattr(synthetics, "corpora", corpora)
     epochs = 12
-    found = synthetics.train("s4d", "associative_recall", [0, 1], epochs, rate=0.02, start_as="own")
+    found = synthetics.train("attention", "associative_recall", [0, 1], epochs, rate=0.02, start_as="own")
     assert found["epochs"] == epochs and len(found["curve"]) == epochs
     assert found["accuracy"] == {"associative_recall": [100.0, 100.0], "associative_recall_40": [100.0, 100.0]}
     # 11 of 12 symbols are drawn from 8, which no network can predict better than by guessing among them.
