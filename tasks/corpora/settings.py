@@ -70,14 +70,21 @@ def location(corpus: str) -> pathlib.Path:
 
 def tfds_name(corpus: str, subset: str | None = None) -> str | None:
     """The TFDS data set that stands where a folder could: 'tfds:glue:2.0.0' and 'sst2' are 'glue/sst2:2.0.0'; None for a
-    folder."""
+    folder.
+
+    Raises:
+      CorpusError: its name or version is missing; seqio asks for both.
+    """
     given = _given(corpus) or ""
     if not given.startswith(TFDS):
         return None
-    name, colon, version = given.removeprefix(TFDS).partition(":")
-    if not name:
-        raise CorpusError(f"{_how(corpus)} is {given!r}; the name of a TFDS data set is missing.")
-    return f"{name}{'/' + subset if subset else ''}{colon}{version}"
+    name, _, version = given.removeprefix(TFDS).partition(":")
+    if not (name and version):
+        missing = "version" if name else "name"
+        raise CorpusError(
+            f"{_how(corpus)} is {given!r}; the {missing} of a TFDS data set is missing, as in tfds:glue:2.0.0."
+        )
+    return f"{name}{'/' + subset if subset else ''}:{version}"
 
 
 def _given(corpus: str) -> str | None:

@@ -4,5 +4,5 @@
     glue            GLUE as text to text: `glue_sst2`, `glue_mnli`, …
     superglue       SuperGLUE by the likelihood of its answers: `superglue_rte`, `superglue_rte_few_shot`, …
 
-Where the data lies is asked when it is read, as for `tasks.corpora`: a folder, or `tfds:NAME` for a TFDS data set.
+Where the data lies is asked when it is read, as for `tasks.corpora`: a folder, or `tfds:NAME:VERSION` for a TFDS data set.
 """

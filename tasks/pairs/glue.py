@@ -1,7 +1,8 @@
 """GLUE (Wang et al. 2018, arXiv:1804.07461) as text to text, in T5's format (Raffel et al. 2020, appendix D).
 
 An input is the task's name and its named sentences ('mnli hypothesis: … premise: …'), a target the label's name.
-$T5X_SSM_GLUE is GLUE's unpacked folder (SST-2/train.tsv, …), one with JSON lines in its place (sst2/train.jsonl), or tfds:glue.
+$T5X_SSM_GLUE is GLUE's unpacked folder (SST-2/train.tsv, …), one with JSON lines in its place (sst2/train.jsonl), or
+tfds:glue:2.0.0.
 The published test sets have no labels, and are not here; nor is STS-B, whose labels are numbers.
 """
 

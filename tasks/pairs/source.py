@@ -139,7 +139,13 @@ class RecordSource(seqio.DataSource):
     def _from_tfds(self, name: str, split: str, shuffle: bool, seed: int | None) -> tf.data.Dataset:
         split_names = {own: self._tfds_splits.get(own, own) for own in self._stems}
         source = seqio.TfdsDataSource(name, splits=split_names)
-        dataset = source.get_dataset(split, shuffle=shuffle, seed=seed)
+        try:
+            dataset = source.get_dataset(split, shuffle=shuffle, seed=seed)
+        except Exception as error:  # TFDS has no errors of its own for what it neither has nor can fetch.
+            raise settings.CorpusError(
+                f"The TFDS data set {name} ({settings.variable(self._location)}) is not in TFDS's folder and could not be "
+                f"fetched: {type(error).__name__}: {error}"
+            ) from error
         wanted = {**self._fields, **({LABEL: self._label_fields} if self._labels else {})}
         chosen = {field: next((n for n in names if n in dataset.element_spec), None) for field, names in wanted.items()}
         for field, found in chosen.items():

@@ -1,8 +1,8 @@
 """Summarisation as text to text: 'summarize: DOCUMENT' to its summary, in T5's format (Raffel et al. 2020, appendix D).
 
     $T5X_SSM_SUMMARIZATION   a folder with train.jsonl, validation.jsonl, test.jsonl: {"document": …, "summary": …} a line
-    $T5X_SSM_CNN_DAILYMAIL   the same, or tfds:cnn_dailymail
-    $T5X_SSM_XSUM            the same, or tfds:xsum
+    $T5X_SSM_CNN_DAILYMAIL   the same, or tfds:cnn_dailymail:3.4.0
+    $T5X_SSM_XSUM            the same, or tfds:xsum:1.1.0
 
 or `summarization/corpora.location.path` and so on in gin, for tools that read gin files.
 """

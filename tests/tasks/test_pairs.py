@@ -77,6 +77,11 @@ def test_a_place_that_is_not_set_names_the_setting(monkeypatch):
     monkeypatch.delenv("T5X_SSM_XSUM", raising=False)
     with pytest.raises(CorpusError, match=r"Set \$T5X_SSM_XSUM"):
         texts("xsum")
+    monkeypatch.setenv("T5X_SSM_XSUM", "tfds:xsum")
+    with pytest.raises(
+        CorpusError, match=r"\$T5X_SSM_XSUM .* is 'tfds:xsum'; the version of a TFDS data set is missing"
+    ):
+        texts("xsum")
     monkeypatch.setenv("T5X_SSM_XSUM", "tfds:")
     with pytest.raises(CorpusError, match="name of a TFDS data set is missing"):
         texts("xsum")
