@@ -8,12 +8,11 @@ benchmarks/results/convolution_tpu.json.
 """
 
 import argparse
-import os
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import report
+from benchmarks import report, tpu_target
 from benchmarks.convolution import plain
 from t5x_ssm.ssm.convolution import causal_convolution
 
@@ -45,17 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", default="1024,4096,8192")
     lengths = [int(length) for length in parser.parse_args().lengths.split(",")]
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1))
+    chip = tpu_target.one_chip()
     figures = {}
     for length in lengths:
-        programs = {method: compiled(method, length, topology.devices[0]) for method in ("plain", "fft", "matmul")}
+        programs = {method: compiled(method, length, chip) for method in ("plain", "fft", "matmul")}
         ratios = {key: programs["matmul"][key] / programs["plain"][key] for key in ("flops", "bytes")}
         figures[str(length)] = {**programs, "matmul_over_plain": ratios}
-    report.write("convolution_tpu", {"target": "TPU v5e, one chip, by its compiler", "lengths": figures})
+    report.write("convolution_tpu", {"target": tpu_target.NAME, "lengths": figures})
 
 
 if __name__ == "__main__":

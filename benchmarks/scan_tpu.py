@@ -8,13 +8,12 @@ benchmarks/results/scan_tpu.json.
 """
 
 import argparse
-import os
 import unittest.mock
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import report
+from benchmarks import report, tpu_target
 from launch import hlo
 from t5x_ssm.ssm import multi_input
 
@@ -57,20 +56,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", default="1024,4096,16384")
     lengths = [int(length) for length in parser.parse_args().lengths.split(",")]
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1))
+    chip = tpu_target.one_chip()
     figures = {}
     for length in lengths:
-        row = {name: compiled(length, topology.devices[0], name == "kernel") for name in ("kernel", "loop")}
+        row = {name: compiled(length, chip, name == "kernel") for name in ("kernel", "loop")}
         row["kernel_over_loop"] = {
             key: value / row["loop"][key] for key, value in row["kernel"].items() if row["loop"][key]
         }
         row["array_MiB"] = BATCH * length * 2 * MODES * 4 / 2**20
         figures[str(length)] = row
-    report.write("scan_tpu", {"target": "TPU v5e, one chip, by its compiler", "lengths": figures})
+    report.write("scan_tpu", {"target": tpu_target.NAME, "lengths": figures})
 
 
 if __name__ == "__main__":

@@ -35,16 +35,17 @@ LONGEST_BLOCK = 256
 
 
 class _Multiplier(NamedTuple):
-    """Ā and Ā^T in planes, each field [P], and what the kernel for TPUs multiplies by."""
+    """Ā and Ā^T in planes, each field [P], and the pole that they are powers of."""
 
     re: jax.Array
     im: jax.Array
     block_re: jax.Array
     block_im: jax.Array
-    powers: pallas_scan.Powers
+    pole: Pole
 
     def conjugate(self):
-        return _Multiplier(self.re, -self.im, self.block_re, -self.block_im, self.powers.conjugate())
+        conjugate = Pole(self.pole.log_decay, -self.pole.turns, -self.pole.turns_low)
+        return _Multiplier(self.re, -self.im, self.block_re, -self.block_im, conjugate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -68,7 +69,7 @@ def states(pole: Pole, v, state, resets=None, reverse: bool = False):
 def _forward(pole, v, state, resets, reverse):
     block = _block_length(*v.shape)
     re, im = power(pole, jnp.array([1, block]))
-    multiplier = _Multiplier(re[:, 0], im[:, 0], re[:, 1], im[:, 1], pallas_scan.powers(pole))
+    multiplier = _Multiplier(re[:, 0], im[:, 0], re[:, 1], im[:, 1], pole)
     x, _ = _run(multiplier, v, state, resets, block, reverse)
     return x, (multiplier, x, state, resets)
 
@@ -138,7 +139,7 @@ def _run(multiplier, v, state, resets, block, reverse, partner=None):
         return _run_in_blocks(multiplier, *arrays, block=block, reverse=reverse)
 
     def in_kernel(multiplier, v, state, barriers, partner):
-        return pallas_scan.scan(multiplier.powers, v, state, barriers, reverse, partner)
+        return pallas_scan.scan(pallas_scan.powers(multiplier.pole), v, state, barriers, reverse, partner)
 
     arrays = (multiplier, v, state, barriers, partner)
     if v.dtype != jnp.float32:

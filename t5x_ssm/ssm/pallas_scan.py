@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from t5x_ssm.ssm import double_float
 from t5x_ssm.ssm.double_float import Double
-from t5x_ssm.ssm.powers import Pole, one_step, power
+from t5x_ssm.ssm.powers import Pole, multiply, one_step, power
 
 LANES, SUBLANES = 128, 8
 
@@ -37,9 +37,6 @@ class Powers(NamedTuple):
 
     rounded: jax.Array
     low: jax.Array
-
-    def conjugate(self):
-        return Powers(*(jnp.stack([x[0], -x[1]]) for x in self))
 
 
 def powers(pole: Pole) -> Powers:
@@ -136,9 +133,6 @@ def _kernel(table_ref, low_ref, state_ref, v_ref, *refs, reverse, has_barriers, 
     def joined(x):
         return jnp.concatenate(x, axis=-1)
 
-    def times(a, x):
-        return a[0] * x[0] - a[1] * x[1], a[0] * x[1] + a[1] * x[0]
-
     def add(x, y):
         return x[0] + y[0], x[1] + y[1]
 
@@ -176,10 +170,10 @@ def _kernel(table_ref, low_ref, state_ref, v_ref, *refs, reverse, has_barriers, 
         keep = reach = jnp.broadcast_to(keep_ref[rows, :], (SUBLANES, lanes)) if has_barriers else None
         for k in (1, 2, 4):
             near = inside[k] if reach is None else inside[k] * reach
-            x = add(x, masked(times(power_of[k], tuple(later(part, k) for part in x)), near))
+            x = add(x, masked(multiply(*power_of[k], *(later(part, k) for part in x)), near))
             if reach is not None:
                 reach = reach * jnp.where(before >= k, later(reach, k), 1)
-        entering = times(from_carry, carry)
+        entering = multiply(*from_carry, *carry)
         x = add(x, entering if reach is None else masked(entering, reach))
         out_ref[rows, :] = joined(x)
         if has_partner:
@@ -187,7 +181,7 @@ def _kernel(table_ref, low_ref, state_ref, v_ref, *refs, reverse, has_barriers, 
             y, previous = planes(partner_ref[rows, :]), previous if keep is None else masked(previous, keep)
             along = along + y[0] * previous[0] + y[1] * previous[1]
             across = across + y[0] * previous[1] - y[1] * previous[0]
-        rest = times(low, carry)
+        rest = multiply(*low, *carry)
         carry = add(tuple(part[end] for part in x), rest if reach is None else masked(rest, reach[end]))
         return carry, along, across
 
