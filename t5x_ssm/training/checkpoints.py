@@ -113,14 +113,14 @@ class Restored(NamedTuple):
     Attributes:
       tree: arrays in the structure, shardings and types that were asked for.
       dataset_state: what was given to `save`, or None when that run did not store it.
-      metadata: what was given to `save`.
+      metadata: what was given to `save`; None for a checkpoint of T5X.
       step: its step.
       set_aside: lines about newer checkpoints that could not be used.
     """
 
     tree: dict[str, Any]
     dataset_state: Any
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] | None
     step: int
     set_aside: tuple[str, ...] = ()
 

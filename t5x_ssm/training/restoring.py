@@ -10,15 +10,7 @@ from etils import epath
 from t5x_ssm.errors import CheckpointError, UserError
 from t5x_ssm.training import consensus, run_folder, stored_tree, verified_arrays
 from t5x_ssm.training import manifest as manifests
-from t5x_ssm.training.checkpoints import RestoreCheckpointConfig
-
-
-class RestoredState(NamedTuple):
-    """A whole state from a checkpoint of another run; `metadata` is None for a checkpoint of T5X."""
-
-    tree: dict[str, Any]
-    path: epath.Path
-    metadata: dict[str, Any] | None
+from t5x_ssm.training.checkpoints import RestoreCheckpointConfig, Restored
 
 
 class RestoredParameters(NamedTuple):
@@ -99,12 +91,15 @@ def restore_mutables(path: epath.Path, abstract_mutables: Mapping[str, Any]) -> 
     return stored_tree.fill({"flax_mutables": abstract_mutables}, leaves)["flax_mutables"]
 
 
-def restore_state(restore: RestoreCheckpointConfig, abstract_tree: Mapping[str, Any]) -> RestoredState:
+def restore_state(restore: RestoreCheckpointConfig, abstract_tree: Mapping[str, Any]) -> Restored:
     """Reads parameters, optimizer state and step from a checkpoint of this engine or of T5X. All processes call it.
 
     Args:
       restore: where it is.
       abstract_tree: T5X's tree of `jax.ShapeDtypeStruct`s with shardings, on any mesh.
+
+    Returns:
+      What it holds, without a position in the data, which belongs to the other run.
 
     Raises:
       CheckpointMismatch: it is of another network or optimizer; lists the leaves.
@@ -135,7 +130,7 @@ def restore_state(restore: RestoreCheckpointConfig, abstract_tree: Mapping[str, 
         for name, leaf in verified_arrays.read_verified(path, manifest, placed).items()
     }
     metadata = None if manifest is None else manifest["metadata"]
-    return RestoredState(stored_tree.fill(abstract_tree, leaves), path, metadata)
+    return Restored(stored_tree.fill(abstract_tree, leaves), None, metadata, int(leaves["state/step"]))
 
 
 def _find(restore: RestoreCheckpointConfig) -> epath.Path:

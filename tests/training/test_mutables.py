@@ -1,11 +1,8 @@
 """Networks with state beside their parameters: running averages through steps, microbatches, evaluation and checkpoints."""
 
 import functools
-import os
-import subprocess
-import sys
-import textwrap
 
+import four_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,19 +214,6 @@ SHARDED = """
 
 @pytest.mark.slow
 def test_statistics_are_those_of_the_whole_batch_on_every_mesh():
-    folder = os.path.dirname(__file__)
-    paths = [folder, os.path.join(folder, ".."), os.path.join(folder, "..", "..")]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            # Compiled in haste, as in `tiny.jit`.
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-            "--xla_llvm_disable_expensive_passes=true",
-            "PYTHONPATH": os.pathsep.join(paths),
-        },
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+    # Compiled in haste, as in `tiny.jit`.
+    haste = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+    assert four_devices.printed(SHARDED, *haste) == "equal"

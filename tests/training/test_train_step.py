@@ -1,8 +1,4 @@
-import os
-import subprocess
-import sys
-import textwrap
-
+import four_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,16 +193,4 @@ SHARDED = """
 
 
 def test_microbatches_of_a_sharded_batch_move_no_rows():
-    folder = os.path.dirname(__file__)
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "PYTHONPATH": os.pathsep.join([folder, os.path.join(folder, "..", "..")]),
-        },
-    )
-    assert result.stdout.strip() == "equal", result.stderr
+    assert four_devices.printed(SHARDED) == "equal"
