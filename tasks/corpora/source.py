@@ -12,18 +12,19 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from tasks.cache_files import FEATURE
 from tasks.corpora import formats, settings
+from tasks.python_source import PythonSource
 
 # A corpus without published held-out documents gives one document in so many to validation.
 HELD_OUT_ONE_IN = 200
 
 
-class CorpusSource(seqio.DataSource):
+class CorpusSource(PythonSource):
     """The documents of a corpus, as {'targets': UTF-8 text}.
 
     Files are taken in the order of their names, so that a corpus is the same on every machine; they are also seqio's
-    shards. `counts` says what the reading in this process has met so far, see `formats.clean`; `failure` is the last
-    error in it, which TensorFlow would hide in one of its own.
+    shards. `counts` says what the reading in this process has met so far, see `formats.clean`.
     """
 
     def __init__(
@@ -49,14 +50,9 @@ class CorpusSource(seqio.DataSource):
         self.corpus, self.counts = corpus, collections.Counter()
         self._read, self._patterns, self._held_out = read, dict(patterns), held_out
         self._published = published
-        self.failure: Exception | None = None
 
     def __repr__(self) -> str:
         return f"CorpusSource({self.corpus})"
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        return False
 
     def list_shards(self, split: str) -> list[str]:
         """Paths of the files of a split; CorpusError if there are none."""
@@ -121,16 +117,10 @@ class CorpusSource(seqio.DataSource):
                 files[i] for i in np.random.default_rng(None if seed is None else int(seed)).permutation(len(files))
             ]
 
-        def generate() -> Iterator[dict[str, bytes]]:
-            self.failure = None
-            try:
-                for document in self.documents(split, files):
-                    yield {"targets": document}
-            except Exception as error:
-                self.failure = error
-                raise
+        def examples() -> Iterator[dict[str, bytes]]:
+            return ({FEATURE: document} for document in self.documents(split, files))
 
-        return tf.data.Dataset.from_generator(generate, output_signature={"targets": tf.TensorSpec((), tf.string)})
+        return self.generated(examples, {FEATURE: tf.TensorSpec((), tf.string)})
 
     def _files(self, split: str) -> tuple[list[pathlib.Path], str | None]:
         """The files of a split, and if they hold another split too, which part of their documents is meant."""

@@ -13,6 +13,7 @@ import tensorflow as tf
 from tasks.cache_files import FEATURE
 from tasks.corpora.settings import CorpusError
 from tasks.long_range_arena.generated import SPLITS
+from tasks.python_source import PythonSource
 
 # At most so many examples of a split, so that a pipeline can be tried in minutes.
 LIMIT_VARIABLE = "T5X_SSM_LRA_LIMIT"
@@ -20,7 +21,7 @@ LIMIT_VARIABLE = "T5X_SSM_LRA_LIMIT"
 Example = Mapping[str, Any]
 
 
-class LabelledSource(seqio.DataSource):
+class LabelledSource(PythonSource):
     """Examples of `inputs` (and `inputs2`), token ids, and `targets`, one class id; in shards that are read one by one."""
 
     def __init__(
@@ -45,14 +46,9 @@ class LabelledSource(seqio.DataSource):
         super().__init__(splits=tuple(splits))
         self._name, self._texts = name, tuple(texts)
         self._shards, self._read, self._describe = shards, read, describe
-        self.failure: Exception | None = None
 
     def __repr__(self) -> str:
         return f"LabelledSource({self._name})"
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        return False
 
     def list_shards(self, split: str) -> list[str]:
         shards = list(self._shards(split))
@@ -82,23 +78,15 @@ class LabelledSource(seqio.DataSource):
 
         def examples() -> Iterator[Example]:
             iterators = (self._read(split, shard) for shard in shards)
-            if limit is None:
-                return itertools.chain.from_iterable(iterators)
-            # In turn, because a shard may hold a single class.
-            return itertools.islice(_alternating(iterators), limit)
-
-        def generate() -> Iterator[Example]:
-            try:
-                for example in examples():
-                    yield {name: np.asarray(example[name], np.int32) for name in (*self._texts, FEATURE)}
-            except Exception as error:
-                self.failure = error
-                raise
+            # A limited number is taken in turn, because a shard may hold a single class.
+            read = itertools.chain.from_iterable(iterators) if limit is None else _alternating(iterators)
+            for example in itertools.islice(read, limit):
+                yield {name: np.asarray(example[name], np.int32) for name in (*self._texts, FEATURE)}
 
         signature = {name: tf.TensorSpec((None,), tf.int32) for name in self._texts} | {
             FEATURE: tf.TensorSpec((1,), tf.int32)
         }
-        return tf.data.Dataset.from_generator(generate, output_signature=signature)
+        return self.generated(examples, signature)
 
 
 def register(

@@ -14,13 +14,14 @@ import tensorflow as tf
 
 from tasks.corpora import settings
 from tasks.pairs import records
+from tasks.python_source import PythonSource
 
 LABEL = "label"
 # The stems of a split's file in a folder.
 STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
 
 
-class RecordSource(seqio.DataSource):
+class RecordSource(PythonSource):
     """Records {field: text}, and {'label': index} where there are labels."""
 
     def __init__(
@@ -57,14 +58,6 @@ class RecordSource(seqio.DataSource):
 
     def __repr__(self) -> str:
         return f"RecordSource({self._location}, {sorted(self._fields)})"
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        return False
-
-    def list_shards(self, split: str) -> list[str]:
-        """A split is one shard; more processes share its examples."""
-        return [split]
 
     def get_dataset(
         self,

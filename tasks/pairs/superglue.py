@@ -22,6 +22,7 @@ from tasks.corpora import settings
 from tasks.corpora.tasks import vocabulary
 from tasks.pairs import prompts, ranking, records
 from tasks.pairs.source import STEMS
+from tasks.python_source import PythonSource
 
 SHOTS_VARIABLE, DEFAULT_SHOTS = "T5X_SSM_SHOTS", 3
 _SEED = 0
@@ -30,28 +31,16 @@ _METRICS: dict[str, list[Callable]] = {"cb": [ranking.macro_f1], "multirc": [ran
 _NUMBERS = ("question", "choice", "choices", "is_right")
 
 
-class QuestionSource(seqio.DataSource):
-    """The choices of all questions of a split, one after the other: {'inputs', 'targets'} and the numbers `ranking.place` reads.
-
-    `failure` is the last error in reading, which TensorFlow hides in one of its own.
-    """
+class QuestionSource(PythonSource):
+    """The choices of all questions of a split, one after the other: {'inputs', 'targets'} and the numbers `ranking.place` reads."""
 
     def __init__(self, name: str, *, few_shot: bool):
         super().__init__(splits=("train", "validation"))
         self._name, self._few_shot = name, few_shot
         self._folder, self._template = prompts.TEMPLATES[name]
-        self.failure: Exception | None = None
 
     def __repr__(self) -> str:
         return f"QuestionSource({self._name}, few_shot={self._few_shot})"
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        return False
-
-    def list_shards(self, split: str) -> list[str]:
-        """A split is one shard."""
-        return [split]
 
     def questions(self, split: str) -> Iterator[prompts.Question]:
         """The questions of a split, as they stand in its file.
@@ -104,18 +93,9 @@ class QuestionSource(seqio.DataSource):
         """Always in order: the choices of a question belong together."""
         del shuffle, seed, shard_info
         self._file(split)  # An error here is not buried in TensorFlow's.
-
-        def generate() -> Iterator[dict[str, Any]]:
-            self.failure = None
-            try:
-                yield from self.examples(split)
-            except Exception as error:
-                self.failure = error
-                raise
-
         texts = {name: tf.TensorSpec((), tf.string) for name in ("inputs", "targets")}
         signature = texts | {name: tf.TensorSpec((), tf.int32) for name in _NUMBERS}
-        return tf.data.Dataset.from_generator(generate, output_signature=signature)
+        return self.generated(lambda: self.examples(split), signature)
 
 
 def _shots() -> int:
