@@ -4,7 +4,7 @@ The compiler's own cost analysis counts the body of a loop once, which makes a s
 product in float32 like one in bfloat16. Here:
 
   FLOPs        two for each multiplication of dots and convolutions (of convolutions those on real elements: the TPU's
-               compiler writes batched products as convolutions over padding);
+               compiler writes batched products as convolutions over padding), and those of kernels (`launch.kernels`);
   passes       of the matrix unit for each: 1 for bfloat16 operands and default precision, 3 for "high", 6 for "highest";
   HBM bytes    what operations outside fusions read and write; slices count as what they take of their operand, and what
                lies in on-chip memory (`S(1)` in a layout) not at all;
@@ -21,6 +21,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+
+from launch import kernels
 
 BYTES = {
     **{"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4},
@@ -54,6 +56,8 @@ FREE = frozenset(
 )
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
+# A kernel's metadata goes over several lines.
+_CONTINUED = re.compile(r'\n(?="|\}\})')
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
 
@@ -137,6 +141,9 @@ def costs(text: str, mesh_shape: Mapping[str, int]) -> Costs:
             )
             flops += times * one
             passes_flops += times * one * program.passes(instruction)
+        elif instruction.opcode == "custom-call":
+            one = kernels.flops(instruction.attributes, program.arrays_of(instruction))
+            flops, passes_flops = flops + times * one, passes_flops + times * one
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             axes, size = replica_axes(instruction.attributes, mesh_shape)
@@ -170,7 +177,7 @@ class Program:
         self.entry = ""
         self.unknown_loops: set[str] = set()
         current: list[Instruction] = []
-        for line in text.splitlines():
+        for line in _CONTINUED.sub(" ", text).splitlines():
             header = _COMPUTATION.match(line)
             if header and " = " not in line.split("(", 1)[0]:
                 current = self.computations.setdefault(header[2], [])

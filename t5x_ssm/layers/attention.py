@@ -26,7 +26,9 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.layers import dot_product
 from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init
+from t5x_ssm.layers.dot_product import Places
 from t5x_ssm.layers.mixer import Run
 from t5x_ssm.layers.positions import RelativeBias, relative_bias, rotate
 from t5x_ssm.layers.settings import require_positive
@@ -35,8 +37,6 @@ from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
 SPANS = ("full", "sliding", "chunk")
-# Large and finite: a row whose keys are all masked gives a uniform, not a NaN.
-MASKED = -1e9
 
 
 class Attention(nn.Module):
@@ -134,15 +134,18 @@ class Attention(nn.Module):
             bias = functools.partial(
                 relative_bias, table, max_distance=self.relative_max_distance, bidirectional=not self.causal
             )
-        attend = functools.partial(self._attend, bias=bias, enable_dropout=enable_dropout)
+        drops = enable_dropout and self.dropout_rate > 0
+        attend = functools.partial(
+            dot_product.attention,
+            visible=self._visible,
+            bias=bias,
+            dropout_rate=self.dropout_rate,
+            dropout_key=self.make_rng("dropout") if drops else None,
+        )
 
         if self.cross:
-            visible = jnp.ones((batch, 1, source.shape[1]), bool)
-            if run.encoded_mask is not None:
-                visible = run.encoded_mask[:, None, :] > 0
-            if run.segment_ids is not None and run.encoded_segment_ids is not None:
-                visible = visible & (run.segment_ids[:, :, None] == run.encoded_segment_ids[:, None, :])
-            out = attend(q, k, v, None, None, visible)
+            at, to = _across(x, run)
+            out = attend(q, k, v, at, to, visible=_same_segment)
         elif cached:
             out = self._cached(q, k, v, run, attend)
         else:
@@ -159,48 +162,36 @@ class Attention(nn.Module):
             if self.rotary:
                 q, k = rotate(q, positions), rotate(k, positions)
             if local:
-                out = self._blockwise(q, k, v, positions, segments, attend, regular=regular)
+                out = self._blockwise(q, k, v, positions, segments, attend, regular=regular, biased=bias is not None)
             else:
-                out = attend(q, k, v, positions, positions, self._visible(positions, positions, segments, segments))
+                here = Places(positions, segments)
+                in_order = None if self.span != "full" else "causal" if self.causal else "full"
+                out = attend(q, k, v, here, here, in_order=in_order)
 
         out = out.reshape(batch, length, self.num_heads * head_dim)
         out_init = self.out_kernel_init or self.kernel_init
         return Dense(width, ("joined_kv", "embed"), self.use_bias, self.dtype, out_init, name="out")(out)
 
-    def _visible(self, q_pos: Array, k_pos: Array, q_seg: Array | None, k_seg: Array | None) -> Array:
-        """Which keys [.., K] each query [.., Q] sees: bool [.., Q, K], from positions and segments."""
-        i, j = q_pos[..., :, None], k_pos[..., None, :]
+    def _visible(self, at: Places, to: Places) -> Array:
+        """Which keys [.., K] each query [.., Q] sees: bool [.., Q, K]."""
+        i, j = at.positions[..., :, None], to.positions[..., None, :]
         visible = (j <= i) if self.causal else jnp.ones(jnp.broadcast_shapes(i.shape, j.shape), bool)
         if self.span == "sliding":
             visible &= jnp.abs(i - j) < self.window
         elif self.span == "chunk":
             visible &= i // self.window == j // self.window
-        if q_seg is not None:
-            visible &= q_seg[..., :, None] == k_seg[..., None, :]
+        if at.segments is not None:
+            visible &= _same_segment(at, to)
         return visible
 
-    def _attend(self, q, k, v, q_pos, k_pos, visible, *, bias, enable_dropout):
-        """Softmax attention: q [.., Q, heads, D], k and v [.., K, kv_heads, D], visible bool [.., Q, K]."""
-        groups = q.shape[-2] // k.shape[-2]
-        q = q.reshape(*q.shape[:-2], k.shape[-2], groups, q.shape[-1])
-        at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
-        logits = jnp.einsum("...qhgd,...khd->...hgqk", q, k, preferred_element_type=at_least_float32)
-        if bias is not None:
-            added = bias(q_pos, k_pos)  # [.., heads, Q, K]
-            logits = logits + added.reshape(*added.shape[:-3], k.shape[-2], groups, *added.shape[-2:])
-        logits = jnp.where(visible[..., None, None, :, :], logits, MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        weights = nn.Dropout(self.dropout_rate)(weights, deterministic=not enable_dropout)
-        out = jnp.einsum("...hgqk,...khd->...qhgd", weights, v)
-        return out.reshape(*out.shape[:-3], -1, out.shape[-1])
-
-    def _blockwise(self, q, k, v, positions, segments, attend, *, regular):
+    def _blockwise(self, q, k, v, positions, segments, attend, *, regular, biased):
         """Local attention in blocks of `window`: each block of queries sees its own and the neighbouring blocks.
 
         Args:
           positions: int [B or 1, L].
           segments: int [B or 1, L] or None.
-          regular: positions simply count from 0, so that blocks are chunks and all blocks share one relative bias.
+          regular: positions simply count from 0, so that blocks are chunks.
+          biased: `attend` has a relative bias.
         """
         length, window = positions.shape[1], self.window
         count = sequence.pieces(length)
@@ -216,14 +207,14 @@ class Attention(nn.Module):
 
         # Segment -1 is nobody's: padding and the blocks beyond both ends are never seen.
         segments = jnp.ones_like(positions) if segments is None else segments
-        q_pos, q_seg = blocks(positions, per_token), blocks(segments, per_token, fill=-1)
-        k_pos, k_seg = context(positions, per_token), context(segments, per_token, fill=-1)
-        visible = self._visible(q_pos, k_pos, q_seg, k_seg)
-        if regular:
-            q_pos = jnp.arange(window, dtype=jnp.int32)[None, None]
+        at = Places(blocks(positions, per_token), blocks(segments, per_token, fill=-1))
+        to = Places(context(positions, per_token), context(segments, per_token, fill=-1))
+        if regular and biased:
+            # Counted from the block, so that all blocks share one bias.
             first = 0 if alone else -window
-            k_pos = jnp.arange(first, first + k_pos.shape[-1], dtype=jnp.int32)[None, None]
-        out = attend(blocks(q, per_head), context(k, per_head), context(v, per_head), q_pos, k_pos, visible)
+            at = at._replace(positions=jnp.arange(window, dtype=jnp.int32)[None, None])
+            to = to._replace(positions=jnp.arange(first, first + to.positions.shape[-1], dtype=jnp.int32)[None, None])
+        out = attend(blocks(q, per_head), context(k, per_head), context(v, per_head), at, to)
         return sequence.join_blocks(out, per_head, length)
 
     def _cached(self, q, k, v, run: Run, attend):
@@ -262,10 +253,10 @@ class Attention(nn.Module):
             last = count[:, None] - 1
             old_pos = last - (last - slot) % slots
             k_pos = jnp.concatenate([old_pos, new_pos], axis=1)
-            visible = self._visible(new_pos, k_pos, None, None) & (k_pos >= 0)[:, None, :]
             all_k = jnp.concatenate([ring_k, new_k.astype(ring_k.dtype)], axis=1)
             all_v = jnp.concatenate([ring_v, new_v.astype(ring_v.dtype)], axis=1)
-            out = attend(new_q, all_k.astype(new_q.dtype), all_v.astype(new_q.dtype), new_pos, k_pos, visible)
+            at, to = _written(new_pos, k_pos)
+            out = attend(new_q, all_k.astype(new_q.dtype), all_v.astype(new_q.dtype), at, to)
             real = jnp.clip(consumed - offset, 0, size)
             # Tokens beyond a row's length are sent to a slot that does not exist, and dropped.
             target = jnp.where(jnp.arange(size) < real[:, None], new_pos % slots, slots)
@@ -302,6 +293,24 @@ class Attention(nn.Module):
         ring_v = ring_v.at[rows, target].set(v[:, 0].astype(ring_v.dtype), mode="drop")
         # The newest position that each slot can hold, negative where nothing was written yet.
         k_pos = pos - (pos - jnp.arange(slots, dtype=jnp.int32)) % slots
-        visible = self._visible(pos, k_pos, None, None) & (k_pos >= 0)[:, None, :]
-        out = attend(q, ring_k.astype(q.dtype), ring_v.astype(q.dtype), pos, k_pos, visible)
+        out = attend(q, ring_k.astype(q.dtype), ring_v.astype(q.dtype), *_written(pos, k_pos))
         return (ring_k, ring_v, count + jnp.clip(consumed, 0, 1)), out
+
+
+def _same_segment(at: Places, to: Places) -> Array:
+    return at.segments[..., :, None] == to.segments[..., None, :]
+
+
+def _across(x: Array, run: Run) -> tuple[Places, Places]:
+    """Places of queries and of the encoder's tokens; segment -1 is nobody's."""
+    packed = run.segment_ids is not None and run.encoded_segment_ids is not None
+    at = run.segment_ids if packed else jnp.ones(x.shape[:2], jnp.int32)
+    to = run.encoded_segment_ids if packed else jnp.ones(run.encoded.shape[:2], jnp.int32)
+    if run.encoded_mask is not None:
+        to = jnp.where(run.encoded_mask > 0, to, -1)
+    return Places(segments=at), Places(segments=to)
+
+
+def _written(q_pos: Array, k_pos: Array) -> tuple[Places, Places]:
+    """Places of new tokens and of a cache's slots, which hold nothing where positions are negative."""
+    return Places(q_pos, jnp.ones_like(q_pos)), Places(k_pos, (k_pos >= 0).astype(jnp.int32))

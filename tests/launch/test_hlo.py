@@ -184,3 +184,21 @@ def test_what_is_handed_to_the_network_counts_once_and_as_often_as_it_is_sent():
     assert found == hlo.Collective(
         "all-reduce", "slices", count=1, bytes=2 * 8 * 128, largest=2 * 8 * 128, group_size=4
     )
+
+
+def test_kernels_count_what_their_scope_says():
+    line = (
+        '  %k.{i} = (f32[2,4,1,256,8]{{4,3,2,1,0}}) custom-call(%mask, %q, %k), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={{kernel_metadata={{\n"xprof_metadata":"{{\\"block\\": 128,\n}}}}, '
+        'metadata={{op_name="jit(f)/{scope}/splash_mqa_{i}_no_residuals/pallas_call"}}, backend_config={{}}\n'
+    )
+    body = "".join(line.format(i=kind, scope="attention_pairs_49152") for kind in ("fwd", "dq", "dkv"))
+    text = (
+        "ENTRY %main (q: f32[2,4,3,256,8]) -> f32[2,4,1,256,8] {\n"
+        "  %mask = s8[1,2,2]{2,1,0} parameter(0)\n"
+        "  %q = f32[2,4,3,256,8]{4,3,2,1,0} parameter(1)\n"
+        "  %k = f32[2,4,256,8]{3,2,1,0} parameter(2)\n"
+        f"{body}{line.format(i='fwd', scope='another')}}}\n"
+    )
+    # Three of four blocks of 128 x 128; 2 x 4 x 3 heads of width 8; 2, 3 and 4 products of 2 FLOPs a pair.
+    assert hlo.costs(text, MESH).flops == 2 * (2 + 3 + 4) * (3 * 128**2) * (2 * 4 * 3) * 8
