@@ -10,8 +10,8 @@ What a query at document position i may see among keys at positions j of the sam
 
 A chunk is `window` consecutive positions counted from the start of the document, so a packed batch gives what its documents
 give alone. The sliding window of radius r in LongT5's and SPADE's terms is window = r + 1.
-Local spans are computed blockwise, in memory linear in the length, and their decode cache holds `window` keys however long
-the text; full attention caches every key.
+All spans take memory linear in the length: local ones are computed blockwise, full attention as `dot_product` says. The decode cache
+of local spans holds `window` keys however long the text; full attention caches every key.
 Collectives under model sharding (heads): one all-reduce of the output projection; none inside attention. Under sequence
 sharding local spans receive the `window` keys and values before their own (and after, when not causal); full attention,
 cross-attention and a text no longer than `window` gather all keys and values.
