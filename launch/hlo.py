@@ -132,6 +132,7 @@ def costs(text: str, mesh_shape: Mapping[str, int]) -> Costs:
     program = Program(text)
     flops = passes_flops = hbm = 0.0
     found: dict[tuple[str, str], list[tuple[int, int, int]]] = collections.defaultdict(list)
+    channels: set[str] = set()
     for instruction, times, in_fusion in program.run():
         if instruction.opcode in ("dot", "convolution"):
             one = (
@@ -145,6 +146,13 @@ def costs(text: str, mesh_shape: Mapping[str, int]) -> Costs:
             one = kernels.flops(instruction.attributes, program.arrays_of(instruction))
             flops, passes_flops = flops + times * one, passes_flops + times * one
         kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES and in_fusion:
+            # One collective goes on behind several fusions, each of which names it and does a part.
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            if channel and channel[1] in channels:
+                continue
+            channels.add(channel[1] if channel else instruction.name)
+            hbm += times * _in_hbm(instruction.arrays)
         if kind in COLLECTIVES:
             axes, size = replica_axes(instruction.attributes, mesh_shape)
             if size > 1:
@@ -290,7 +298,8 @@ class Program:
             return 2 * _in_hbm(operands[1].arrays)
         if instruction.opcode != "fusion":
             return written + sum(_in_hbm(operand.arrays) for operand in operands)
-        taken, replaced = self._parts(instruction.called("calls"))
+        taken, replaced, passed = self._parts(instruction.called("calls"))
+        written -= _in_hbm([array for index, array in enumerate(instruction.arrays) if index in passed])
         read = 0
         for index, operand in enumerate(operands):
             whole = _in_hbm(operand.arrays)
@@ -302,27 +311,36 @@ class Program:
         return read + max(0, written)
 
     @functools.cache  # noqa: B019 a program lives as long as its costs are read
-    def _parts(self, computation: str) -> tuple[dict[int, int], dict[int, int]]:
-        """Of a fusion's parameters that are only sliced or updated in place: bytes read, and bytes replaced."""
+    def _parts(self, computation: str) -> tuple[dict[int, int], dict[int, int], set[int]]:
+        """Of a fusion's parameters that are not read whole: bytes read, and bytes replaced; and which results are not its work.
+
+        Parameters are sliced, updated in place, or handed on, to the result or a collective that goes on behind the fusion.
+        """
         body = self.computations[computation]
         users = collections.defaultdict(list)
         for instruction in body:
             for name in instruction.operands:
                 users[name].append(instruction)
         taken, replaced = {}, {}
+        root = next(instruction for instruction in body if instruction.is_root)
+        of_others = lambda source: source.opcode == "parameter" or source.opcode.removesuffix("-start") in COLLECTIVES
+        results = [self.named[name] for name in root.operands] if root.opcode == "tuple" else []
+        passed = {index for index, source in enumerate(results) if of_others(source)}
         for parameter in body:
             if parameter.opcode != "parameter" or not parameter.attributes.isdigit():
                 continue
             reads = list(itertools.chain.from_iterable(_through_bitcasts(parameter.name, users)))
             index = int(parameter.attributes)
-            if reads and all(user.opcode in ("dynamic-slice", "slice", "gather") for _, user in reads):
+            if reads and all(user is root or user.opcode in COLLECTIVES for _, user in reads) and passed:
+                taken[index] = 0
+            elif reads and all(user.opcode in ("dynamic-slice", "slice", "gather") for _, user in reads):
                 taken[index] = sum(user.arrays[0].bytes for _, user in reads)
             elif reads and all(
                 user.opcode == "dynamic-update-slice" and user.operands[0] == name for name, user in reads
             ):
                 replaced[index] = sum(self.named[user.operands[1]].arrays[0].bytes for _, user in reads)
                 taken[index] = 0
-        return taken, replaced
+        return taken, replaced, passed
 
 
 def _through_bitcasts(name: str, users: Mapping[str, list[Instruction]]) -> Iterator[list[tuple[str, Instruction]]]:

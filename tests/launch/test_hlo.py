@@ -202,3 +202,38 @@ def test_kernels_count_what_their_scope_says():
     )
     # Three of four blocks of 128 x 128; 2 x 4 x 3 heads of width 8; 2, 3 and 4 products of 2 FLOPs a pair.
     assert hlo.costs(text, MESH).flops == 2 * (2 + 3 + 4) * (3 * 128**2) * (2 * 4 * 3) * 8
+
+
+def test_a_collective_that_goes_on_behind_several_fusions_is_one():
+    def part(number):
+        return (
+            f"%part.{number} (shard.{number}: bf16[1,8], whole.{number}: bf16[8,8], x.{number}: f32[16]) -> "
+            "(f32[16], bf16[8,8], bf16[8,8], bf16[1,8]) {\n"
+            f"  %shard.{number} = bf16[1,8]{{1,0}} parameter(0)\n"
+            f"  %whole.{number} = bf16[8,8]{{1,0}} parameter(1)\n"
+            f"  %x.{number} = f32[16]{{0}} parameter(2)\n"
+            f"  %sine.{number} = f32[16]{{0}} sine(%x.{number})\n"
+            f"  %gathered.{number} = bf16[8,8]{{1,0}} all-gather(%shard.{number}), channel_id=7, "
+            "replica_groups=[2,8]<=[16], dimensions={0}\n"
+            f"  ROOT %all.{number} = (f32[16]{{0}}, bf16[8,8]{{1,0}}, bf16[8,8]{{1,0}}, bf16[1,8]{{1,0}}) "
+            f"tuple(%sine.{number}, %whole.{number}, %gathered.{number}, %shard.{number})\n}}\n\n"
+        )
+
+    text = (
+        part(1)
+        + part(2)
+        + (
+            "ENTRY %main (a: bf16[1,8], b: bf16[8,8], c: f32[16]) -> (f32[16], bf16[8,8], bf16[8,8], bf16[1,8]) {\n"
+            "  %a = bf16[1,8]{1,0} parameter(0)\n  %b = bf16[8,8]{1,0} parameter(1)\n  %c = f32[16]{0} parameter(2)\n"
+            "  %first = (f32[16]{0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}, bf16[1,8]{1,0}) fusion(%a, %b, %c), kind=kLoop, calls=%part.1\n"
+            "  %d = f32[16]{0} get-tuple-element(%first), index=0\n"
+            "  %e = bf16[8,8]{1,0} get-tuple-element(%first), index=2\n"
+            "  ROOT %second = (f32[16]{0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}, bf16[1,8]{1,0}) fusion(%a, %e, %d), kind=kLoop, calls=%part.2\n"
+            "}\n"
+        )
+    )
+    found = hlo.costs(text, MESH)
+    (gather,) = found.collectives
+    assert (gather.kind, gather.axes, gather.count, gather.bytes) == ("all-gather", "fsdp+model", 1, 8 * 8 * 2)
+    # Twice 16 numbers are read and written, and what was gathered is written once.
+    assert found.hbm_bytes == 2 * 2 * 16 * 4 + 8 * 8 * 2
