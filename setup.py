@@ -14,6 +14,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "t5x_ssm/__init__.py").read
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
 # What single formats of corpora and vocabularies need; TFDS imports importlib_resources and does not say so.
 DATA = ["importlib_resources>=6", "pyarrow>=18", "tokenizers>=0.20,<1", "zstandard>=0.22,<1"]
+GCS = "gcsfs>=2024.6"  # run folders and token caches at gs://
 ROUGE = "rouge-score>=0.1.2,<1"  # a metric of summaries
 
 setuptools.setup(
@@ -52,7 +53,7 @@ setuptools.setup(
         "eval": ["lm_eval>=0.4.9,<0.5", ROUGE],
         "export": ["safetensors>=0.4.5,<1"],
         "docs": DOCS,
-        "gcs": ["gcsfs>=2024.6"],  # token caches at gs://
+        "gcs": [GCS],
         "plots": ["matplotlib>=3.9,<4"],
         # What T5X imports and the index has; T5X itself is not there, see docs/t5x.md.
         "t5x": [
@@ -66,6 +67,7 @@ setuptools.setup(
         "test": [
             *DATA,
             *DOCS,
+            GCS,
             "hypothesis>=6.100,<7",
             "matplotlib>=3.9,<4",
             "pytest>=8,<10",

@@ -18,6 +18,7 @@ import difflib
 import fnmatch
 import inspect
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -32,11 +33,16 @@ from gin import config as gin_config
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.parallel import processes
+from t5x_ssm.training import places
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 # gin also looks for a file as a resource of a package: `include 'runs/pretrain.gin'` would import any folder named `runs`
 # that lies where the user stands, and fail on it.
 gin_config._FILE_READERS[:] = [reader for reader in gin_config._FILE_READERS if reader[0] is open]
+gin_config.register_file_reader(
+    lambda path: places.place(path, "--gin_file").open(),
+    lambda path: places.is_store(path) and places.place(path, "--gin_file").is_file(),
+)
 
 
 def gin_folder() -> pathlib.Path:
@@ -115,10 +121,12 @@ def load_run(arguments: Arguments, run_file: str) -> None:
     files = list(arguments.gin_files)
     model_dir = arguments.options.model_dir
     if model_dir:
-        saved = pathlib.Path(model_dir) / "config.gin"
-        if not saved.is_file():
+        saved = places.place(model_dir, "--model_dir") / "config.gin"
+        with places.reached(model_dir, "--model_dir"):
+            is_there = saved.is_file()
+        if not is_there:
             raise UserError(f"--model_dir={model_dir}: there is no config.gin, so this is no run folder.")
-        files = [str(saved), run_file, *files]
+        files = [os.fspath(saved), run_file, *files]
     if not files:
         raise UserError("Nothing to run: give --model_dir=RUN_FOLDER, or --gin_file=… of a model and its run.")
     load(files, arguments.bindings, arguments.search_paths)
@@ -203,7 +211,7 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> None:
     """Runs an entry point: mistakes of the user end with a message and status 2, everything else with a traceback and 1."""
     # Libraries have put a handler of their own on the root logger by now.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for library in ("absl", "jax", "orbax", "etils"):
+    for library in ("absl", "jax", "orbax", "etils", "gcsfs", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         status = main(sys.argv[1:])

@@ -22,7 +22,7 @@ import itertools
 import json
 import logging
 import math
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +38,7 @@ from t5x_ssm.models.objectives import Classification, cross_entropy
 from t5x_ssm.parallel import batch_parts, processes
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.train import batch_shapes, use_compilation_cache
-from t5x_ssm.training import consensus, restoring, run_folder
+from t5x_ssm.training import consensus, places, restoring
 from t5x_ssm.training.evaluation import sum_over_batches
 from t5x_ssm.training.metrics import summarise_sums
 from t5x_ssm.training.sharded_state import abstract_mutables, abstract_parameters
@@ -75,7 +75,7 @@ def evaluate(
       The exit status, 0.
     """
     use_compilation_cache()
-    folder = run_folder.local("EVAL_OUTPUT_DIR", output_dir)
+    folder = places.place(output_dir, "EVAL_OUTPUT_DIR")
     device_mesh = mesh_lib.make_mesh(mesh)
     feed_lib.check_config(dataset_cfg, batch_parts.share(device_mesh)[1])
     if dataset_cfg.objective != "language_model" or feed_lib.INPUTS in dataset_cfg.task_feature_lengths:
@@ -133,7 +133,7 @@ def evaluate(
 
 def _examples(
     model: Any, cfg: feed_lib.DatasetConfig, checkpoint_path: str, mesh: jax.sharding.Mesh
-) -> tuple[pathlib.Path, dict[str, dict[str, float]]]:
+) -> tuple[places.Place, dict[str, dict[str, float]]]:
     """The checkpoint, and the figures of every task whose examples are classified sequences or pairs."""
     shapes = batch_shapes(cfg)
     check_batch(shapes, mesh, 1)
@@ -166,9 +166,11 @@ def _open(cfg: feed_lib.DatasetConfig, mesh: jax.sharding.Mesh) -> dict[str, Any
     return consensus.succeed_together(lambda: feed_lib.open_evaluation(cfg, barrier=consensus.barrier, **place))
 
 
-def _write(folder: pathlib.Path, checkpoint: Any, split: str, tables: dict[str, Any]) -> None:
+def _write(folder: places.Place, checkpoint: Any, split: str, tables: dict[str, Any]) -> None:
     """Writes `eval_results.json`, once for all processes."""
-    if jax.process_index() == 0:
+    if jax.process_index() > 0:
+        return
+    with places.reached(folder, "EVAL_OUTPUT_DIR"):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "eval_results.json"
         step = checkpoint.name.rpartition("_")[2]
@@ -244,7 +246,7 @@ def main(argv: Sequence[str]) -> int:
     from t5x_ssm.eval import evaluate as configured
 
     config_lib.load_run(arguments, "runs/eval.gin")
-    folder = options.model_dir and str(pathlib.Path(options.model_dir) / "evaluation")
+    folder = options.model_dir and os.path.join(options.model_dir, "evaluation")
     config_lib.set_unless_given(CHECKPOINT_PATH=options.model_dir, EVAL_OUTPUT_DIR=folder)
     if options.output_dir:
         gin.bind_parameter("EVAL_OUTPUT_DIR/gin.macro.value", options.output_dir)

@@ -12,6 +12,7 @@ checkpoints; it may be T5X's. The third does the same for a public H3 checkpoint
 """
 
 import argparse
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def export_model(checkpoint_path: str, output_dir: str, dtype: str | None = None
     description = {
         "step": found.step,
         "vocabulary": found.metadata.get("vocabulary"),
-        "network": None if gin_text is None else _network_settings(found.path.parent / "config.gin"),
+        "network": None if gin_text is None else _network_settings(os.fspath(found.path.parent / "config.gin")),
     }
     folder = run_folder.local("--output_dir", output_dir)
     exported_model.write(folder, arrays, description, gin_text)
@@ -84,9 +85,9 @@ def _may_be_cast(name: str, array: np.ndarray) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating) and not re.search(STATE_SPACE_PATTERN, name)
 
 
-def _network_settings(gin_file: pathlib.Path) -> dict[str, str]:
+def _network_settings(gin_file: str) -> dict[str, str]:
     """What a run's configuration says about its network: values as text by 'module.name.parameter'."""
-    config_lib.load([str(gin_file)])
+    config_lib.load([gin_file])
     settings = config_lib.description()
     rooms = {path.stem for room in ("layers", "models") for path in (config_lib.PACKAGE / room).glob("*.py")}
     return {

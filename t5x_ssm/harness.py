@@ -9,7 +9,7 @@ harness does not have are described in its own YAML format; it downloads the dat
 
 import argparse
 import json
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +19,7 @@ from t5x_ssm import config as config_lib
 from t5x_ssm.errors import UserError
 from t5x_ssm.generate import Writer
 from t5x_ssm.integrations.lm_eval import Requests, harness_model
-from t5x_ssm.training import run_folder
+from t5x_ssm.training import places
 
 
 def requests_of(writer: Writer, batch_size: int) -> Requests:
@@ -76,10 +76,10 @@ def main(argv: Sequence[str]) -> int:
     config_lib.load_run(arguments, "runs/generate.gin")
     config_lib.set_unless_given(CHECKPOINT_PATH=options.model_dir)
     config_lib.check(configured, *config_lib.training_root())
-    output = options.output_dir or (options.model_dir and str(pathlib.Path(options.model_dir) / "evaluation"))
+    output = options.output_dir or (options.model_dir and os.path.join(options.model_dir, "evaluation"))
     if not output:
         raise UserError("--output_dir must be set where there is no --model_dir.")
-    folder = run_folder.local("--output_dir", output)
+    folder = places.place(output, "--output_dir")
     requests = requests_of(gin.get_configurable(configured)(), options.batch_size)
     settings = {"num_fewshot": options.num_fewshot, "limit": options.limit}
     found = evaluate(requests, options.tasks.split(","), options.include_path, **settings)

@@ -23,7 +23,6 @@ import inspect
 import itertools
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ from t5x_ssm.inference.sampling import Sampling
 from t5x_ssm.inference.scoring import DocumentScorer, Scores
 from t5x_ssm.models.objectives import SequenceToSequence
 from t5x_ssm.parallel import processes
-from t5x_ssm.training import consensus, run_folder
+from t5x_ssm.training import consensus, places
 
 MODES = ("predict", "score")
 # Tokens drawn between two looks of the host; nobody watches them come.
@@ -120,8 +119,7 @@ def infer(
         feed_lib.check_vocabulary(task.description, embedding_size=model.network.vocab_size, expected_hash=trained_with)
     readers = PairReaders if isinstance(model, SequenceToSequence) else TextReaders
     reader = readers(model.network, restored.params, batch_size)
-    folder = run_folder.local("INFER_OUTPUT_DIR", output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = places.place(output_dir, "INFER_OUTPUT_DIR")
     for task in tasks:
         examples: Iterable[Example] = itertools.islice(task, num_examples)
         if prompt_length is not None and not task.has_inputs:
@@ -239,31 +237,34 @@ def score(reader: Readers, examples: Iterable[Example], batch_size: int) -> Iter
 
 
 def write_lines(
-    path: pathlib.Path, found: Iterable[tuple[Example, dict[str, Any]]], task: TaskExamples, mode: str
+    path: places.Place, found: Iterable[tuple[Example, dict[str, Any]]], task: TaskExamples, mode: str
 ) -> None:
     """Writes one JSON object a line, and the task's metrics; a file has its name only when it is complete. Prints a summary."""
-    partial = path.with_name(path.name + ".partial")
     examples, results, keep = [], [], task.has_metrics(mode)
     count, total, tokens, greedy = 0, 0.0, 0, 0
-    with partial.open("w", encoding="utf-8") as file:
-        for example, result in found:
-            line = {"inputs": example.inputs_text, "targets": example.targets_text, **result}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            if keep:
-                examples.append(example)
-                results.append(result["score" if mode == "score" else "prediction"])
-            count += 1
-            total += result.get("score", 0.0)
-            tokens += result.get("tokens", 0)
-            greedy += result.get("greedy", False)
-    partial.replace(path)
+    metrics = {}
+    with places.writing(path.parent, "INFER_OUTPUT_DIR") as folder:
+        partial = folder / f"{path.name}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            for example, result in found:
+                line = {"inputs": example.inputs_text, "targets": example.targets_text, **result}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                if keep:
+                    examples.append(example)
+                    results.append(result["score" if mode == "score" else "prediction"])
+                count += 1
+                total += result.get("score", 0.0)
+                tokens += result.get("tokens", 0)
+                greedy += result.get("greedy", False)
+        partial.replace(folder / path.name)
+        if examples:
+            metrics = task.metrics(examples, results, mode)
+            (folder / f"{path.stem}-metrics.json").write_text(json.dumps({"examples": count, **metrics}) + "\n")
     nats = f"  {-total / tokens:.4f} nats/token over {tokens:,} tokens, {greedy / count:.1%} greedy" if tokens else ""
     print(f"{task.name}: {count:,} examples{nats}  written: {path}", flush=True)
-    if examples:
-        metrics = task.metrics(examples, results, mode)
+    if metrics:
         print(f"{task.name}: {'  '.join(f'{name} {value:.2f}' for name, value in metrics.items())}", flush=True)
-        path.with_name(f"{path.stem}-metrics.json").write_text(json.dumps({"examples": count, **metrics}) + "\n")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -293,7 +294,7 @@ def main(argv: Sequence[str]) -> int:
     from t5x_ssm.infer import infer as configured
 
     config_lib.load_run(arguments, "runs/infer.gin")
-    folder = options["model_dir"] and str(pathlib.Path(options["model_dir"]) / "inference")
+    folder = options["model_dir"] and os.path.join(options["model_dir"], "inference")
     config_lib.set_unless_given(CHECKPOINT_PATH=options["model_dir"], INFER_OUTPUT_DIR=folder)
     for macro, flag in (("INFER_TASK", "task"), ("INFER_OUTPUT_DIR", "output_dir")):
         if options[flag]:

@@ -9,7 +9,6 @@ import functools
 import itertools
 import logging
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,13 +24,17 @@ from t5x_ssm.errors import CheckpointError, UserError
 from t5x_ssm.models.objectives import Classification
 from t5x_ssm.parallel import batch_parts, processes
 from t5x_ssm.parallel import mesh as mesh_lib
-from t5x_ssm.training import checkpoints, consensus, preemption, restoring, run_folder
+from t5x_ssm.training import checkpoints, consensus, folder_lock, places, preemption, restoring, run_folder
 from t5x_ssm.training import goodput as goodput_lib
 from t5x_ssm.training import trainer as trainer_lib
 from t5x_ssm.training.metrics import MetricsLog
 from t5x_ssm.training.optimizers import Optimizer
 from t5x_ssm.training.sharded_state import parameter_table
+from t5x_ssm.training.spool import Spool
 
+METRICS_FILE = "metrics.jsonl"
+# What a start goes on with of what an earlier one wrote, beside checkpoints.
+GROWING_FILES = (METRICS_FILE, f"{METRICS_FILE}.unreadable", goodput_lib.FILE)
 # What may differ between two starts of one run: how long, how often, where; not what is learnt.
 NOT_PART_OF_A_RUN = (
     "train.total_steps",
@@ -74,7 +77,8 @@ def train(
       optimizer: see `training.optimizers`.
       train_dataset_cfg: training data.
       checkpoint_cfg: when to save and what to start from.
-      model_dir: run folder: checkpoints, `config.gin`, `model-info.txt`, `metrics.jsonl`, event files.
+      model_dir: run folder, of a file system or `gs://bucket/folder`: checkpoints, `config.gin`, `model-info.txt`,
+        `metrics.jsonl`, event files.
       total_steps: steps in all, those of earlier starts included.
       train_eval_dataset_cfg: held-out data, or None.
       eval_steps: batches of an evaluation; the whole split when None.
@@ -88,13 +92,14 @@ def train(
     """
     use_compilation_cache()
     check_counts(total_steps, eval_steps, eval_period)
-    folder = run_folder.local("MODEL_DIR", model_dir)
+    folder = places.place(model_dir, "MODEL_DIR")
     main = jax.process_index() == 0
     device_mesh = mesh_lib.make_mesh(mesh)
     with (
         preemption.StopRequest() as stop,
-        run_folder.locked(folder),
-        goodput_lib.Goodput(folder if main else None) as goodput,
+        folder_lock.locked(folder) as check_lock,
+        consensus.succeed_together(lambda: Spool(folder, GROWING_FILES, check_lock, enabled=main)) as spool,
+        goodput_lib.Goodput(spool.folder if main else None) as goodput,
     ):
         run_folder.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
         part, parts = batch_parts.share(device_mesh)
@@ -138,10 +143,15 @@ def train(
             logging.info("Continuing %s from step %d of %d.", folder, first_step, total_steps)
         log = None
         if main:
-            events = folder if trainer.tensorboard else None
-            log = MetricsLog(folder / "metrics.jsonl", resume_step=first_step, tensorboard_dir=events)
+            events = spool.folder if trainer.tensorboard else None
+            log = MetricsLog(spool.folder / METRICS_FILE, resume_step=first_step, tensorboard_dir=events)
 
         def save(step, state, dataset_state, loop_state):
+            if places.is_store(
+                folder
+            ):  # The history up to here must be there before the checkpoint that goes on from it.
+                consensus.ask_first(check_lock)
+                consensus.ask_first(spool.upload)
             metadata = {
                 "loop": loop_state,
                 "vocabulary": feed.vocabulary,
@@ -299,7 +309,7 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "t5x_ssm", "xla"))
 
 
-def write_summary(folder: pathlib.Path, run: trainer_lib.Trainer, optimizer: Optimizer) -> None:
+def write_summary(folder: places.Place, run: trainer_lib.Trainer, optimizer: Optimizer) -> None:
     """Writes `config.gin` and `model-info.txt`, and prints the parameter groups."""
     params = run.abstract_state.params
     groups = optimizer.group_table(params)

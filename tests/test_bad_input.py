@@ -112,7 +112,7 @@ def contents(folder):
         ({"TASK_FEATURE_LENGTHS": {"targets": 0}}, "must be a positive integer"),
         ({"TRAIN_STEPS": 0}, "total_steps is 0"),
         # Where things lie.
-        ({"MODEL_DIR": "gs://bucket/run"}, "MODEL_DIR = 'gs://bucket/run'"),
+        ({"MODEL_DIR": "s3://bucket/run"}, "MODEL_DIR = 's3://bucket/run'"),
         (
             {"checkpoints__RestoreCheckpointConfig__path": "/nowhere/checkpoint_1"},
             "/nowhere/checkpoint_1 does not exist",

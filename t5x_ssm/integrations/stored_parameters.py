@@ -3,8 +3,6 @@
 Everything here is arrays by name (`decoder/segment_0/block_0/mixer/ssm/d`), held by this one process.
 """
 
-import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_ssm.errors import CheckpointError
-from t5x_ssm.training import checkpoints, restoring, run_folder, stored_tree
+from t5x_ssm.training import checkpoints, places, restoring, run_folder, stored_tree
 
 _PREFIX = "target/"
 
@@ -31,7 +29,7 @@ class StoredParameters(NamedTuple):
     arrays: dict[str, np.ndarray]
     step: int
     metadata: dict[str, Any]
-    path: pathlib.Path
+    path: places.Place
 
 
 def read(checkpoint_path: str) -> StoredParameters:
@@ -55,12 +53,12 @@ def read(checkpoint_path: str) -> StoredParameters:
     restored = restoring.restore_parameters(str(path), stored_tree.unflatten(shapes))
     arrays = {name: np.asarray(leaf) for name, leaf in stored_tree.flatten(restored.params).items()}
     step = int(path.name.rpartition("_")[2])
-    return StoredParameters(arrays, step, restored.metadata or {}, pathlib.Path(os.fspath(path)))
+    return StoredParameters(arrays, step, restored.metadata or {}, places.place(path))
 
 
 def write(
     model_dir: str, arrays: Mapping[str, np.ndarray], step: int, metadata: Mapping[str, Any], config: str | None = None
-) -> pathlib.Path:
+) -> places.Place:
     """Writes a checkpoint that has parameters and no optimizer: `RestoreCheckpointConfig.path` takes it.
 
     Args:
@@ -73,7 +71,7 @@ def write(
     Returns:
       The checkpoint's path.
     """
-    folder = run_folder.local("--output_dir", model_dir)
+    folder = places.place(model_dir, "--output_dir")
     target = stored_tree.unflatten({name: jnp.asarray(array) for name, array in arrays.items()})
     tree = {"target": target, "state": {"step": jnp.asarray(step, jnp.int32), "param_states": {}}}
     settings = checkpoints.SaveCheckpointConfig(save_dataset=False, asynchronous=False)
@@ -81,10 +79,10 @@ def write(
         checkpointer.save(step, tree, None, metadata)
     if config is not None:
         (folder / "config.gin").write_text(config)
-    return pathlib.Path(os.fspath(run_folder.checkpoint_path(folder, step)))
+    return places.place(run_folder.checkpoint_path(folder, step))
 
 
-def configuration_beside(checkpoint: pathlib.Path) -> str | None:
+def configuration_beside(checkpoint: places.Place) -> str | None:
     """The config.gin of the run that a checkpoint lies in, or None."""
     path = checkpoint.parent / "config.gin"
     return path.read_text() if path.is_file() else None

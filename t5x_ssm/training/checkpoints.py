@@ -4,8 +4,9 @@ A checkpoint is the folder `MODEL_DIR/checkpoint_<step>` with three Orbax items:
   state     T5X's tree, `{'target': params, 'state': {'step', 'param_states'}}`; either engine's initialises the other
   dataset   JSON: the position of the data pipeline, for the batch after this step
   metadata  JSON: the loop's own state, and a manifest with shape, type and checksum of every array
-It is written under a temporary name and renamed when all of it is on disk, so a process may die at any moment: there is
-the newest whole checkpoint, and perhaps a leftover that the next start removes. Checksums do not depend on the mesh, so
+It is written under a temporary name and renamed when all of it is on disk, or in an object store marked as whole when all of
+it is there. So a process may die at any moment: there is the newest whole checkpoint, and perhaps a leftover that the next
+start removes. Checksums do not depend on the mesh, so
 every restore verifies every array it reads, on any number of devices.
 """
 
@@ -21,7 +22,7 @@ from absl import logging
 from etils import epath
 
 from t5x_ssm.errors import CheckpointDamaged, CheckpointError, CheckpointUnreadable, UserError
-from t5x_ssm.training import consensus, run_folder, stored_tree, verified_arrays
+from t5x_ssm.training import consensus, places, run_folder, stored_tree, verified_arrays
 from t5x_ssm.training import manifest as manifests
 from t5x_ssm.training.parameter_groups import STATE_SPACE_PATTERN
 
@@ -133,7 +134,7 @@ class Checkpointer:
 
     def __init__(self, model_dir: epath.PathLike, config: SaveCheckpointConfig = SaveCheckpointConfig()):
         """Opens the folder (made when it does not exist) and removes what a killed write left there."""
-        self._directory = run_folder.located(model_dir)
+        self._directory = places.located(model_dir)
         self._config = config
         self._saving: int | None = None
         self._own_steps: set[int] = set()
@@ -273,10 +274,13 @@ class Checkpointer:
             self._manager.close()
         self._manager = self._make_manager()
         if jax.process_count() == 1:  # Others may not know of the failure yet, and would not join in.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError):
                 run_folder.remove_leftovers(self._directory, step)
-        newest = max(run_folder.checkpoint_steps(self._directory), default=None)
-        fallback = "There is no older one." if newest is None else f"The newest whole one is checkpoint_{newest}."
+        try:
+            newest = max(run_folder.checkpoint_steps(self._directory), default=None)
+            fallback = "There is no older one." if newest is None else f"The newest whole one is checkpoint_{newest}."
+        except UserError as e:  # The store that could not be written cannot be read either.
+            fallback = str(e)
         reason = stored_tree.reason(error)
         if "No space left" in reason:
             reason = (

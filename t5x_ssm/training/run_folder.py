@@ -8,52 +8,41 @@
       checkpoint_<step>.orbax-checkpoint-tmp/   one being written, or what a killed run left of it
       bad/checkpoint_<step>-<n>/                checkpoints that could not be read; beside each, why
 
-A run is written to a file system (`local`); checkpoints are also read from any store that `etils.epath` and Orbax reach.
+In an object store a checkpoint has its own name from the start, and is whole when `commit_success.txt` is in it.
 """
 
-import contextlib
-import errno
 import json
 import os
 import pathlib
-import socket
-import time
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
+from concurrent import futures
 
-import jax
 from absl import logging
 from etils import epath
 from orbax.checkpoint.path import step as orbax_step
 
 from t5x_ssm.errors import CheckpointError, RunFolderError
-from t5x_ssm.training import consensus
+from t5x_ssm.training import consensus, places
 
 CHECKPOINT_PREFIX = "checkpoint"
 STEP_FORMAT = orbax_step.standard_name_format(step_prefix=CHECKPOINT_PREFIX)
 _RUN_FILE = "run.json"
-_LOCK_FILE = "run.lock"
 _BAD = "bad"
-# A process that was killed a moment ago may not be quite gone.
-_LOCK_SECONDS = 5.0
+# Of Orbax.
+_COMMITTED, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
 _ROWS = 20
 
 
-def located(path: epath.PathLike) -> epath.Path:
-    """`path` as Orbax wants it: absolute, unless it names a store (gs://…)."""
-    text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(text))
-
-
 def local(setting: str, folder: str) -> pathlib.Path:
-    """`folder` as a path of a file system, for what is written line by line and replaced in place.
+    """`folder` as a path of a file system, for what a library writes that knows no object stores.
 
     Raises:
-      RunFolderError: it names an object store, where neither can be done.
+      RunFolderError: it names a store.
     """
-    if "://" in folder:
+    if places.is_store(folder):
         raise RunFolderError(
-            f"{setting} = {folder!r}: files are appended to and locked there, which object stores cannot do. Give a folder "
-            "of a file system that every host sees, such as the bucket mounted with Cloud Storage FUSE, or NFS."
+            f"{setting} = {folder!r}: give a folder of a file system, and copy it to the store from there."
         )
     return pathlib.Path(folder)
 
@@ -63,67 +52,12 @@ def make(model_dir: epath.PathLike) -> None:
 
     def mkdir() -> None:
         try:
-            epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
+            with places.reached(model_dir, "MODEL_DIR"):
+                epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise RunFolderError(f"MODEL_DIR={model_dir} cannot be used as a run folder: {e}") from e
 
     consensus.ask_first(mkdir)
-
-
-@contextlib.contextmanager
-def locked(model_dir: epath.PathLike) -> Iterator[None]:
-    """Keeps other processes of this machine, and of others where the file system knows locks, from training in a folder.
-
-    The operating system releases the lock when the process ends, however it ends. Process 0 holds it; a store without
-    locks (`gs://`) is left unguarded.
-
-    Raises:
-      RunFolderError: another process holds it, or the folder cannot be used.
-    """
-    make(model_dir)
-    path = epath.Path(model_dir) / _LOCK_FILE
-    local = jax.process_index() == 0 and "://" not in os.fspath(path)
-    file = consensus.succeed_together(lambda: _lock(path) if local else None)
-    try:
-        yield
-    finally:
-        if file is not None:
-            os.close(file)
-
-
-def _lock(path: epath.Path) -> int | None:
-    """An open, locked file descriptor; None where the file system has no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as e:
-        raise RunFolderError(f"MODEL_DIR={path.parent} cannot be used as a run folder: {e}") from e
-    give_up = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno in (errno.EAGAIN, errno.EACCES):
-                if time.monotonic() < give_up:
-                    time.sleep(0.05)
-                    continue
-                holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
-                os.close(file)
-                raise RunFolderError(
-                    f"Another process trains in MODEL_DIR={path.parent} ({holder or 'unknown'}). Two would spoil each "
-                    "other's checkpoints: wait until it ends, or choose another MODEL_DIR."
-                ) from None
-            logging.warning(
-                "MODEL_DIR=%s cannot be locked (%s): make sure no other process trains there.", path.parent, e
-            )
-            os.close(file)
-            return None
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        return file
 
 
 def checkpoint_path(model_dir: epath.PathLike, step: int) -> epath.Path:
@@ -136,7 +70,31 @@ def checkpoint_steps(model_dir: epath.PathLike) -> list[int]:
 
     Reads the folder in this process and changes nothing, so it may be called beside a run that writes there.
     """
-    return sorted(found.step for found in STEP_FORMAT.find_all(epath.Path(model_dir)))
+    folder = places.place(model_dir)
+    if not places.is_store(folder):
+        return sorted(found.step for found in STEP_FORMAT.find_all(epath.Path(folder)))
+    with places.reached(folder, "MODEL_DIR"), futures.ThreadPoolExecutor() as pool:
+        named = [entry for entry in _entries(folder) if re.fullmatch(rf"{CHECKPOINT_PREFIX}_(0|[1-9]\d*)", entry.name)]
+        whole = list(pool.map(_is_whole, named))
+    return sorted(int(entry.name.rpartition("_")[2]) for entry, is_whole in zip(named, whole, strict=True) if is_whole)
+
+
+def _entries(folder: places.Place) -> list[places.Place]:
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def _is_whole(checkpoint: places.Place) -> bool:
+    """Whether all of a checkpoint in a store has been written.
+
+    Orbax writes a file at the end that says so. One that was copied there from a file system has none, and neither may what
+    names it be deleted; its metadata have the time at which it was whole.
+    """
+    if (checkpoint / _COMMITTED).exists():
+        return True
+    try:
+        return json.loads((checkpoint / _METADATA).read_text()).get("commit_timestamp_nsecs") is not None
+    except (FileNotFoundError, ValueError, AttributeError):
+        return False
 
 
 def find_checkpoint(path: epath.PathLike, mode: str = "latest") -> epath.Path:
@@ -149,8 +107,10 @@ def find_checkpoint(path: epath.PathLike, mode: str = "latest") -> epath.Path:
     Raises:
       CheckpointError: there is none; says what was found instead.
     """
-    path = located(path)
-    if not path.exists():
+    path = places.located(path)
+    with places.reached(path, "The checkpoint's path"):
+        is_there = path.exists()
+    if not is_there:
         there = ", ".join(checkpoint_path(path.parent, step).name for step in checkpoint_steps(path.parent))
         raise CheckpointError(
             f"{path} does not exist; give a checkpoint or a run folder."
@@ -186,15 +146,14 @@ def remove_leftovers(model_dir: epath.PathLike, step: int | None = None) -> list
     """
 
     def remove() -> list[str]:
-        folder = epath.Path(model_dir)
-        if not folder.exists():
-            return []
+        folder = places.located(model_dir)
         step_name = None if step is None else STEP_FORMAT.build_name(step)
         leftovers = [
             entry
-            for entry in folder.iterdir()
+            for entry in _entries(folder)
             if entry.name.startswith(f"{CHECKPOINT_PREFIX}_")
             and orbax_step.is_path_temporary(entry)
+            and not (places.is_store(entry) and _is_whole(entry))
             and step_name in (None, entry.name.split(".", 1)[0])
         ]
         for entry in leftovers:
@@ -223,11 +182,11 @@ def set_aside(path: epath.Path, reason: str) -> str:
         while (bad / f"{path.name}-{number}").exists():
             number += 1
         target = bad / f"{path.name}-{number}"
-        path.rename(target)
-        try:
+        try:  # First, for in a store a folder is there when a file is in it.
             (bad / f"{target.name}.reason.txt").write_text(reason + "\n")
         except OSError as e:  # A full disk must not keep the run from going on.
             logging.warning("Could not write why %s was set aside: %s", target, e)
+        path.rename(target)
         return f"{path} cannot be used and was moved to {target}: {reason}"
 
     line = consensus.ask_first(move)
@@ -237,8 +196,7 @@ def set_aside(path: epath.Path, reason: str) -> str:
 
 def set_aside_checkpoints(model_dir: epath.PathLike) -> list[str]:
     """Names of the folders under `bad/`, sorted."""
-    bad = epath.Path(model_dir) / _BAD
-    return sorted(entry.name for entry in bad.iterdir() if entry.is_dir()) if bad.exists() else []
+    return sorted(entry.name for entry in _entries(places.place(model_dir) / _BAD) if entry.is_dir())
 
 
 def check_run_folder(model_dir: epath.PathLike, description: Mapping[str, str]) -> None:
@@ -255,7 +213,7 @@ def check_run_folder(model_dir: epath.PathLike, description: Mapping[str, str]) 
     Raises:
       RunFolderError: it belongs to another configuration (lists the settings that differ), or to no known one.
     """
-    folder = epath.Path(model_dir)
+    folder = places.place(model_dir, "MODEL_DIR")
     path = folder / _RUN_FILE
     description = {str(key): str(value) for key, value in description.items()}
 
@@ -265,9 +223,7 @@ def check_run_folder(model_dir: epath.PathLike, description: Mapping[str, str]) 
             if has_checkpoints:
                 _compare(folder, _read_description(path), description)
             else:
-                temporary = folder / f"{_RUN_FILE}.tmp"
-                temporary.write_text(json.dumps({"description": description}, indent=1, sort_keys=True) + "\n")
-                temporary.replace(path)
+                places.write_whole(path, json.dumps({"description": description}, indent=1, sort_keys=True) + "\n")
         except OSError as e:
             raise RunFolderError(f"MODEL_DIR={model_dir} cannot be used as a run folder: {e}") from e
 

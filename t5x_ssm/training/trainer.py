@@ -6,7 +6,6 @@ data stands) is saved with every checkpoint, so that a run killed anywhere conti
 
 import contextlib
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from jax.sharding import Mesh
 from t5x_ssm.errors import UserError
 from t5x_ssm.parallel import batch_parts, chips
 from t5x_ssm.parallel import mesh as mesh_lib
+from t5x_ssm.training import places
 from t5x_ssm.training.evaluation import sum_over_batches
 from t5x_ssm.training.goodput import Goodput, device_figures
 from t5x_ssm.training.metrics import MetricQueue, MetricsLog, MetricWindow, summarise_sums
@@ -181,7 +181,7 @@ def fit(
     *,
     first_step: int,
     total_steps: int,
-    model_dir: pathlib.Path,
+    model_dir: places.Place,
     log: MetricsLog | None,
     save: Callable[[int, TrainState, dict[str, Any], dict[str, Any]], None],
     save_due: Callable[[int], bool],
@@ -223,6 +223,7 @@ def fit(
     """
     config = trainer.config
     queue = MetricQueue()
+    profile = contextlib.ExitStack()
     goodput = goodput or Goodput(None)
     watchdog = Watchdog(config.stall_seconds, "TrainerConfig.stall_seconds")
     evaluations = [dataclasses.replace(e, batches=lambda e=e: _beating(e.batches(), watchdog)) for e in evaluations]
@@ -235,7 +236,6 @@ def fit(
     main = jax.process_index() == 0
     progress = Progress(total_steps, first_step, bytes_per_token=bytes_per_token, enabled=main)
     step = first_step
-    profiling = False
 
     def observe(ready) -> None:
         for at, values, (times, batch, counts) in ready:
@@ -258,8 +258,7 @@ def fit(
             mark = time.perf_counter()
             while step < total_steps:
                 if step == config.profile_at_step:
-                    jax.profiler.start_trace(str(model_dir / "profile"))
-                    profiling = True
+                    profile.enter_context(_trace(model_dir / "profile"))
                 goodput.stepping(step + 1)
                 began = time.perf_counter()
                 with goodput.spent_on("data"):
@@ -275,10 +274,9 @@ def fit(
                 mark = now
                 counts = {f"data/{name}": count for name, count in feed.counts.items()}
                 observe(queue.push(step, metrics, (times, batch, counts)))
-                if profiling and step >= config.profile_at_step + config.profile_steps:
+                if config.profile_at_step is not None and step == config.profile_at_step + config.profile_steps:
                     jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
-                    profiling = False
+                    profile.close()
 
                 ends = step == total_steps
                 if evaluations and (ends or (eval_period and step % eval_period == 0)):
@@ -302,10 +300,20 @@ def fit(
                 if stopping and not ends:
                     return state, step, stop.signal_name or "A request to another process"
         finally:
-            if profiling:
-                jax.profiler.stop_trace()
+            profile.close()
             progress.close()
     return state, step, ""
+
+
+@contextlib.contextmanager
+def _trace(folder: places.Place) -> Iterator[None]:
+    """A profile of what happens inside, in `folder`."""
+    with places.writing(folder, "MODEL_DIR") as local:
+        jax.profiler.start_trace(str(local))
+        try:
+            yield
+        finally:
+            jax.profiler.stop_trace()
 
 
 def _beating(batches: Iterable[Batch], watchdog: Watchdog) -> Iterator[Batch]:
@@ -322,13 +330,12 @@ def _describe(line: Mapping[str, float]) -> str:
     return f"loss {line.get('loss', float('nan')):.4f}, accuracy {line.get('accuracy', float('nan')):.4f}"
 
 
-def _stop_for_bad_loss(model_dir: pathlib.Path, step: int, batch: Batch, count: int) -> None:
-    folder = model_dir / "bad_batches"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step}_process_{jax.process_index()}.npz"
-    np.savez(path, **batch)
+def _stop_for_bad_loss(model_dir: places.Place, step: int, batch: Batch, count: int) -> None:
+    name = f"step_{step}_process_{jax.process_index()}.npz"
+    with places.writing(model_dir / "bad_batches", "MODEL_DIR") as folder:
+        np.savez(folder / name, **batch)
     raise UserError(
         f"The loss or its gradient was not finite for {count} steps in a row, up to step {step}. None of them changed the "
-        f"parameters. The last batch is in {path}. Lower the learning rate or inspect the batch; "
+        f"parameters. The last batch is in {model_dir / 'bad_batches' / name}. Lower the learning rate or inspect the batch; "
         "TrainerConfig.max_skipped_in_a_row sets the limit."
     )
