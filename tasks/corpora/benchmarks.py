@@ -1,7 +1,8 @@
-"""Corpora of published language-model results: the One Billion Word benchmark and WikiText-103.
+"""Corpora of published language-model results: the One Billion Word benchmark, WikiText-103 and Wiki-40B.
 
-LM1B (Chelba et al. 2013, arXiv:1312.3005) is its archive's two folders of files with a sentence a line; a sentence is a
-document. WikiText-103 (Merity et al. 2016, arXiv:1609.07843) is wiki.{train,valid,test}.tokens (or .raw); an article is a
+LM1B (Chelba et al. 2013, arXiv:1312.3005) is its archive's two folders of files with a sentence a line, or tfds:lm1b:1.1.0; a
+sentence is a document. Wiki-40B (Guo et al. 2020) is tfds:wiki40b/en:1.3.0, or JSON lines or Parquet with its splits' names; the
+marks of titles and paragraphs in its articles (_START_ARTICLE_, …) are left as they are. WikiText-103 (Merity et al. 2016, arXiv:1609.07843) is wiki.{train,valid,test}.tokens (or .raw); an article is a
 document, its lines as they are.
 """
 
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from tasks.corpora import formats
-from tasks.corpora.tasks import register
+from tasks.corpora.tasks import SPLITS, register
 
 # " = Title = " at the level of an article; sections have more signs.
 _TITLE = re.compile(rb"^ = [^=].*[^=] = ?\n?$")
@@ -53,6 +54,14 @@ register(
         "train": ["*training-monolingual.tokenized.shuffled/news.en-*"],
         "validation": ["*heldout-monolingual.tokenized.shuffled/news.en.heldout-*"],
     },
+    tfds_fields=["text"],
+    tfds_splits={"validation": "test"},
+)
+register(
+    "wiki40b",
+    formats.by_name("text"),
+    {split: [f"*{split}*{ending}" for ending in (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")] for split in SPLITS},
+    tfds_fields=["text"],
 )
 register(
     "wikitext103",

@@ -1,4 +1,5 @@
-"""Books: PG-19 (Rae et al. 2020, arXiv:1911.05507), as its folder of text files train/, validation/, test/.
+"""Books: PG-19 (Rae et al. 2020, arXiv:1911.05507), as its folder of text files train/, validation/, test/, or as
+tfds:pg19:0.1.1.
 
 A book is a document. The published word counts turn a loss into perplexity per word, whatever the vocabulary.
 """
@@ -13,4 +14,10 @@ PUBLISHED = {
     "test": {"documents": 100, "words": 6_966_499},
 }
 
-register("books", formats.text, {split: [f"{split}/*.txt"] for split in SPLITS}, published=PUBLISHED)
+register(
+    "books",
+    formats.text,
+    {split: [f"{split}/*.txt"] for split in SPLITS},
+    published=PUBLISHED,
+    tfds_fields=["book_text", "text"],
+)

@@ -1,6 +1,7 @@
 """What the environment or gin says about the corpora: where they lie, and in which vocabulary they are tokenised.
 
     $T5X_SSM_BOOKS=/data/pg19           or in gin   books/corpora.location.path = '/data/pg19'
+    $T5X_SSM_BOOKS=tfds:pg19:0.1.1      …           a TFDS data set, where the corpus is one, with its version
     $T5X_SSM_VOCABULARY=/data/32k.model or in gin   corpora.vocabulary.name = '/data/32k.model'
 
 gin comes first. Both are read when data is asked for, never at import.
@@ -85,6 +86,14 @@ def tfds_name(corpus: str, subset: str | None = None) -> str | None:
             f"{_how(corpus)} is {given!r}; the {missing} of a TFDS data set is missing, as in tfds:glue:2.0.0."
         )
     return f"{name}{'/' + subset if subset else ''}:{version}"
+
+
+def environment(corpus: str) -> dict[str, str | None]:
+    """What the token cache of a corpus is made under; see `tasks.cache_files.version`."""
+    return {
+        f"location {variable(corpus)}": _given(corpus),
+        f"variable {VOCABULARY_VARIABLE}": os.environ.get(VOCABULARY_VARIABLE),
+    }
 
 
 def _given(corpus: str) -> str | None:

@@ -1,10 +1,7 @@
-"""A corpus on disk as a seqio data source: which files a split has, and their documents one at a time."""
+"""A corpus as a seqio data source: its splits, and their documents one at a time, wherever it lies."""
 
 import collections
-import fnmatch
 import hashlib
-import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +10,7 @@ import seqio
 import tensorflow as tf
 
 from tasks.cache_files import FEATURE
-from tasks.corpora import formats, settings
+from tasks.corpora import formats, places, settings
 from tasks.python_source import PythonSource
 
 # A corpus without published held-out documents gives one document in so many to validation.
@@ -23,8 +20,8 @@ HELD_OUT_ONE_IN = 200
 class CorpusSource(PythonSource):
     """The documents of a corpus, as {'targets': UTF-8 text}.
 
-    Files are taken in the order of their names, so that a corpus is the same on every machine; they are also seqio's
-    shards. `counts` says what the reading in this process has met so far, see `formats.clean`.
+    A folder's files, or those of a TFDS data set, are seqio's shards. `counts` says what the reading in this process has met
+    so far, see `formats.clean`.
     """
 
     def __init__(
@@ -35,6 +32,8 @@ class CorpusSource(PythonSource):
         *,
         held_out: bool = False,
         published: Mapping[str, Mapping[str, int]] | None = None,
+        tfds_fields: Sequence[str] = (),
+        tfds_splits: Mapping[str, str] | None = None,
     ):
         """
         Args:
@@ -45,61 +44,65 @@ class CorpusSource(PythonSource):
           held_out: whether a corpus that has files of 'train' only is split in two by a hash of its documents' text,
             so that equal documents stay on one side.
           published: {split: {'documents': …, 'words': …}} of the published corpus, for perplexity per word.
+          tfds_fields: names that the text has in a TFDS data set; none if the corpus is a folder only.
+          tfds_splits: TFDS's names of the splits, where they are others.
         """
         super().__init__(splits=tuple(patterns))
         self.corpus, self.counts = corpus, collections.Counter()
         self._read, self._patterns, self._held_out = read, dict(patterns), held_out
         self._published = published
+        self._tfds_fields, self._tfds_splits = tuple(tfds_fields), dict(tfds_splits or {})
 
     def __repr__(self) -> str:
         return f"CorpusSource({self.corpus})"
 
     def list_shards(self, split: str) -> list[str]:
-        """Paths of the files of a split; CorpusError if there are none."""
-        return [str(path) for path in self._files(split)[0]]
+        """Names of the files of a split; CorpusError if there are none."""
+        return self._shards(split, self._place())[0]
 
     def describe_source(self) -> dict[str, Any]:
         """What the token cache records: names and sizes of all files, and the settings that it was made under."""
-        root = settings.location(self.corpus)
-        digest = hashlib.sha256()
-        for split in self.splits:
-            for path in [] if self.missing(split) else self._files(split)[0]:
-                digest.update(f"{split} {path.relative_to(root)} {path.stat().st_size}\n".encode())
+        place, digest = self._place(), hashlib.sha256()
+        present = [split for split in self.splits if not self.missing(split)]
+        for split in present:
+            # One that is held out has train's files.
+            for line in place.describe(split if place.shards(split) else "train"):
+                digest.update(f"{split} {line}\n".encode())
         return {
             "files": digest.hexdigest()[:16],
-            "splits": [split for split in self.splits if not self.missing(split)],
-            "environment": {
-                f"location {settings.variable(self.corpus)}": str(root),
-                f"variable {settings.VOCABULARY_VARIABLE}": os.environ.get(settings.VOCABULARY_VARIABLE),
-            },
+            "splits": present,
+            "environment": settings.environment(self.corpus),
             **({"published": self._published} if self._published else {}),
         }
 
     def missing(self, split: str) -> str | None:
         """Why the corpus, which must be there, has no files of a split; None if it has. Train may not be missing."""
-        settings.location(self.corpus)
+        place = self._place()
         try:
-            self._files(split)
+            self._shards(split, place)
         except settings.CorpusError as error:
             if split == "train":
                 raise
             return str(error)
         return None
 
-    def documents(self, split: str, files: Sequence[str] | None = None) -> Iterator[bytes]:
-        """The documents of a split, or of some of its files."""
-        paths, part = self._files(split)
-        for path in paths if files is None else map(pathlib.Path, files):
+    def documents(self, split: str, shards: Sequence[str] | None = None) -> Iterator[bytes]:
+        """The documents of a split, or of some of its shards."""
+        place = self._place()
+        every, part = self._shards(split, place)
+        # A split that is held out is read where train's documents are.
+        files_of = split if part is None else "train"
+        for shard in every if shards is None else shards:
             try:
-                for document in formats.clean(self._read(path, self.counts), self.counts):
+                for document in formats.clean(place.read(files_of, shard, self.counts), self.counts):
                     if part is None or _is_held_out(document) == (part == "validation"):
                         yield document
                     else:
                         # It belongs to the other split, and is counted there.
                         self.counts["documents"] -= 1
                         self.counts["bytes"] -= len(document)
-            except formats.damage() as error:
-                raise settings.CorpusError(f"{path} of the corpus {self.corpus!r} cannot be read: {error}.") from error
+            except settings.CorpusError as error:
+                raise settings.CorpusError(f"The corpus {self.corpus!r}: {error}") from error
 
     def get_dataset(
         self,
@@ -109,44 +112,36 @@ class CorpusSource(PythonSource):
         shard_info: seqio.ShardInfo | None = None,
         **_: Any,
     ) -> tf.data.Dataset:
-        files = self.list_shards(split)
+        shards = self.list_shards(split)
         if shard_info is not None and shard_info.num_shards > 1:
-            files = files[shard_info.index :: shard_info.num_shards]
+            shards = shards[shard_info.index :: shard_info.num_shards]
         if shuffle:
-            files = [
-                files[i] for i in np.random.default_rng(None if seed is None else int(seed)).permutation(len(files))
-            ]
+            random = np.random.default_rng(None if seed is None else int(seed))
+            shards = [shards[i] for i in random.permutation(len(shards))]
 
         def examples() -> Iterator[dict[str, bytes]]:
-            return ({FEATURE: document} for document in self.documents(split, files))
+            return ({FEATURE: document} for document in self.documents(split, shards))
 
         return self.generated(examples, {FEATURE: tf.TensorSpec((), tf.string)})
 
-    def _files(self, split: str) -> tuple[list[pathlib.Path], str | None]:
-        """The files of a split, and if they hold another split too, which part of their documents is meant."""
-        root = settings.location(self.corpus)
-        if root.is_file():
-            paths = [root]
-        else:
-            paths = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
-        matching = {
-            name: [p for p in paths if _matches(str(p.relative_to(root)) if p != root else p.name, patterns)]
-            for name, patterns in self._patterns.items()
-        }
-        if self._held_out and matching["train"] and not matching.get("validation"):
-            return matching["train"], split
-        if not matching[split]:
+    def _place(self) -> places.Place:
+        """Where the corpus lies now, as it is set."""
+        name = settings.tfds_name(self.corpus)
+        if name is None:
+            return places.Folder(settings.location(self.corpus), self._read, self._patterns)
+        if not self._tfds_fields:
             raise settings.CorpusError(
-                f"{root} has no file for the split {split!r} of the corpus {self.corpus!r}; looked for "
-                f"{', '.join(self._patterns[split])}."
+                f"The corpus {self.corpus!r} is read from its files; TFDS does not have it ({name})."
             )
-        return matching[split], None
+        return places.DataSet(name, self._tfds_fields, self._tfds_splits)
 
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """A pattern that begins with ! takes away."""
-    taken = any(fnmatch.fnmatchcase(name, p) for p in patterns if not p.startswith("!"))
-    return taken and not any(fnmatch.fnmatchcase(name, p[1:]) for p in patterns if p.startswith("!"))
+    def _shards(self, split: str, place: places.Place) -> tuple[list[str], str | None]:
+        """The shards of a split, and if they hold another split too, which part of their documents is meant."""
+        if self._held_out and (shards := place.shards("train")) and not place.shards("validation"):
+            return shards, split
+        if not (shards := place.shards(split)):
+            raise settings.CorpusError(f"The corpus {self.corpus!r}: {place.absence(split)}")
+        return shards, None
 
 
 def _is_held_out(document: bytes) -> bool:

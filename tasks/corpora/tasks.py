@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import seqio
 
@@ -27,14 +28,13 @@ def register(
     patterns: Mapping[str, Sequence[str]],
     *,
     corpus: str | None = None,
-    held_out: bool = False,
-    published: Mapping[str, Mapping[str, int]] | None = None,
+    **source: Any,
 ) -> None:
     """Registers a corpus as the task `name`; `corpus` (the name if None) says where it lies, the rest is that of
     `CorpusSource`."""
     seqio.TaskRegistry.add(
         name,
-        source=CorpusSource(corpus or name, read, patterns, held_out=held_out, published=published),
+        source=CorpusSource(corpus or name, read, patterns, **source),
         preprocessors=[
             seqio.preprocessors.tokenize,
             seqio.preprocessors.append_eos,

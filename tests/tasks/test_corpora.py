@@ -97,10 +97,10 @@ def test_bad_text_is_counted_and_said(tmp_path, monkeypatch, capsys):
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: this is no JSON"),
         ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl, line 1: there is no text under any of .*has \['body'\]"),
-        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz of the corpus 'texts' cannot be read"),
+        ("a.jsonl.gz", b"no gzip", r"The corpus 'texts': .*a\.jsonl\.gz cannot be read"),
         ("a.jsonl.zst", b"no zst!", r"a\.jsonl\.zst.* cannot be read"),
         ("a.parquet", b"no parquet", r"a\.parquet cannot be read as Parquet"),
-        ("a.unknown", b"x", r"no file for the split 'train' of the corpus 'texts'; looked for"),
+        ("a.unknown", b"x", r"The corpus 'texts': .* no file for the split 'train'; looked for"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(name, content, message, tmp_path, monkeypatch):
