@@ -1,5 +1,6 @@
 """Metrics of written answers and summaries, under seqio's signature of a metric: (targets, predictions) to percentages."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -37,6 +38,29 @@ def matthews_of(positive: str) -> Metric:
         return {"matthews": 100.0 * statistics.correlation(wanted, found)}
 
     return matthews
+
+
+def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Pearson's and Spearman's correlation of numbers, as STS-B is reported; 0 where all are equal.
+
+    What is no number counts as -1, which no score is, after T5 (arXiv:1910.10683).
+    """
+    # Not above: importing it takes a second, and registering the tasks needs none of it.
+    from scipy import stats
+
+    wanted, found = ([_number(text) for text in texts] for texts in (targets, predictions))
+    if len(set(wanted)) < 2 or len(set(found)) < 2:
+        return {"pearson": 0.0, "spearman": 0.0}
+    coefficients = {"pearson": stats.pearsonr(wanted, found), "spearman": stats.spearmanr(wanted, found)}
+    return {name: 100.0 * float(result.statistic) for name, result in coefficients.items()}
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        return -1.0
+    return number if math.isfinite(number) else -1.0
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:

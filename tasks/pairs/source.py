@@ -1,10 +1,11 @@
-"""Records of texts, and of a label where they have one, as a seqio data source: from a folder or from TFDS.
+"""Records of texts, and of a label or a score where they have one, as a seqio data source: from a folder or from TFDS.
 
 A folder's split is one file, read whole when it is opened: what comes after is TensorFlow's alone, so that a live pipeline
 can save where it stands.
 """
 
 import collections
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"
 
 
 class RecordSource(PythonSource):
-    """Records {field: text}, and {'label': index} where there are labels."""
+    """Records {field: text}, and {'label': index} where there are labels, or {'label': number} where there are scores."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class RecordSource(PythonSource):
         stems: Mapping[str, Sequence[str]] = STEMS,
         folders: Sequence[str] = ("",),
         labels: Sequence[str] = (),
+        scores: tuple[float, float] | None = None,
         label_fields: Sequence[str] = (LABEL,),
         columns: Sequence[str] | None = None,
         tfds_subset: str | None = None,
@@ -44,7 +46,8 @@ class RecordSource(PythonSource):
           stems: for every split, the stems that its file may have.
           folders: names that the data's folder may have below its place.
           labels: the labels' names by index; a file has either.
-          label_fields: names that the field of the label may have.
+          scores: the least and the greatest, where a label is a number between them.
+          label_fields: names that the field of the label or score may have.
           columns: names of a table's columns, if its first line does not have them.
           tfds_subset: the part of the TFDS data set, as in glue/sst2.
           tfds_splits: TFDS's names of the splits, where they are others.
@@ -53,7 +56,7 @@ class RecordSource(PythonSource):
         self._left_out: dict[str, collections.Counter] = {}
         self._location, self._fields, self._stems = location, dict(fields), dict(stems)
         self._folders, self._columns = tuple(folders), columns
-        self._labels, self._label_fields = tuple(labels), tuple(label_fields)
+        self._labels, self._scores, self._label_fields = tuple(labels), scores, tuple(label_fields)
         self._tfds_subset, self._tfds_splits = tfds_subset, dict(tfds_splits or {})
 
     def __repr__(self) -> str:
@@ -89,7 +92,7 @@ class RecordSource(PythonSource):
         """What the last reading of a split left out: `malformed` lines of a table, and records with an `empty` text."""
         return dict(self._left_out.get(split, {}))
 
-    def read(self, split: str) -> Iterator[dict[str, str | int]]:
+    def read(self, split: str) -> Iterator[dict[str, str | int | float]]:
         """The records of a split of a folder, in the order of its file.
 
         Raises:
@@ -104,8 +107,9 @@ class RecordSource(PythonSource):
             if not all(text.strip() for text in found.values()):
                 counts["empty"] += 1
                 continue
-            if self._labels:
-                found[LABEL] = self._label(records.field(record, self._label_fields, where), where)
+            if self._labels or self._scores:
+                check = self._label if self._labels else self._score
+                found[LABEL] = check(records.field(record, self._label_fields, where), where)
             none = False
             yield found
         if none:
@@ -129,6 +133,16 @@ class RecordSource(PythonSource):
             return int(value)
         raise settings.CorpusError(f"{where}: {value!r} is no label; there are {', '.join(self._labels)}.")
 
+    def _score(self, value: Any, where: str) -> float:
+        least, greatest = self._scores
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not least <= score <= greatest:
+            raise settings.CorpusError(f"{where}: {value!r} is no score from {least:g} to {greatest:g}.")
+        return score
+
     def _from_tfds(self, name: str, split: str, shuffle: bool, seed: int | None) -> tf.data.Dataset:
         split_names = {own: self._tfds_splits.get(own, own) for own in self._stems}
         source = seqio.TfdsDataSource(name, splits=split_names)
@@ -139,7 +153,7 @@ class RecordSource(PythonSource):
                 f"The TFDS data set {name} ({settings.variable(self._location)}) is not in TFDS's folder and could not be "
                 f"fetched: {type(error).__name__}: {error}"
             ) from error
-        wanted = {**self._fields, **({LABEL: self._label_fields} if self._labels else {})}
+        wanted = {**self._fields, **({LABEL: self._label_fields} if self._labels or self._scores else {})}
         chosen = {field: next((n for n in names if n in dataset.element_spec), None) for field, names in wanted.items()}
         for field, found in chosen.items():
             if found is None:

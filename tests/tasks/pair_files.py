@@ -53,6 +53,14 @@ GLUE = {
         "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tnot_entailment\n",
         [("rte sentence1: A. sentence2: B.", "not_entailment")],
     ),
+    "stsb": (
+        "STS-B/train.tsv",
+        "index\tgenre\tsentence1\tsentence2\tscore\n"
+        + "".join(
+            f"{i}\tnews\tA.\tB.\t{score}\n" for i, score in enumerate(("5.000", "3.75", "2.27", "0.09", "4.667"))
+        ),
+        [("stsb sentence1: A. sentence2: B.", score) for score in ("5.0", "3.8", "2.2", "0.0", "4.6")],
+    ),
 }
 
 # By task: the folder, a record as published, and its prompt, choices and right ones.

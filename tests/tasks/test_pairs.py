@@ -119,6 +119,26 @@ def test_accuracy_f1_and_matthews_by_hand():
     assert metrics.matthews_of("a")(["a"], ["a"]) == {"matthews": 0.0}
 
 
+def test_correlations_by_hand():
+    # Deviations -3, -1, 1, 3 (in halves) and -2, -1, 1, 2 of the mean: products 14, squares 20 and 10.
+    found = metrics.correlations(["1.0", "2.0", "3.0", "4.0"], ["0.6", " 0.8", "1.2", "1.4"])
+    assert found == {"pearson": pytest.approx(100 * 14 / 200**0.5), "spearman": pytest.approx(100.0)}
+    # Ranks 1, 2, 3 against 2, 1, 3; what is no number is below all scores.
+    assert metrics.correlations(["0.0", "0.2", "5.0"], ["0.0", "similar", "4.0"])["spearman"] == pytest.approx(50.0)
+    assert metrics.correlations(["0.0", "5.0"], ["nan", "0.0"])["pearson"] == pytest.approx(100.0)
+    assert metrics.correlations(["1.0", "2.0"], ["3.0", "3.0"]) == {"pearson": 0.0, "spearman": 0.0}
+
+
+@pytest.mark.parametrize("score", ["5.1", "-0.2", "high", "nan"])
+def test_a_score_that_cannot_be_is_named(score, tmp_path, monkeypatch):
+    pair_files.write(
+        tmp_path / "stsb/train.jsonl", pair_files.lines({"sentence1": "A", "sentence2": "B", "label": score})
+    )
+    monkeypatch.setenv("T5X_SSM_GLUE", str(tmp_path))
+    with pytest.raises(CorpusError, match=rf"train\.jsonl, line 1: '{score}' is no score from 0 to 5"):
+        texts("glue_stsb")
+
+
 def test_rouge_by_hand():
     pytest.importorskip("rouge_score")
     # Of six words each four are shared (the, cat, on, mat), of five pairs the first; in order the, cat, on, mat.
