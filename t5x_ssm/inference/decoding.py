@@ -198,7 +198,7 @@ class Generator:
         if vocab is not None and np.any(real & ((tokens < 0) | (tokens >= vocab))):
             wrong = tokens[real & ((tokens < 0) | (tokens >= vocab))][0]
             raise UserError(f"Token {wrong} is not in the network's vocabulary of {vocab}; is this its vocabulary?")
-        self._check_capacity(state, lengths)
+        self.check_capacity(state, lengths)
 
         # The newest token is fed first, and the last one takes its place.
         last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0] if tokens.size else 0
@@ -245,7 +245,7 @@ class Generator:
         if steps_per_call < 1:
             raise ValueError(f"steps_per_call = {steps_per_call}; it must be at least 1.")
         # The last token drawn is not consumed, but the newest one of `state` is.
-        self._check_capacity(state, np.full(state.token.shape, max_new_tokens))
+        self.check_capacity(state, np.full(state.token.shape, max_new_tokens))
         return Stream(
             self, state, max_new_tokens, sampling, eos_id, row_keys(seeds, state.token.shape[0]), steps_per_call
         )
@@ -260,7 +260,8 @@ class Generator:
             consumed=take(state.consumed, 0),
         )
 
-    def _check_capacity(self, state: DecodeState, more: np.ndarray) -> None:
+    def check_capacity(self, state: DecodeState, more: np.ndarray) -> None:
+        """Raises UserError unless the cache can hold more[b] tokens beside those that row b has consumed."""
         if state.capacity is None:
             return
         needed = int(np.max(np.asarray(state.consumed) + more))

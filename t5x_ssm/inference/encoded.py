@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.inference.beam_search import Beams, BeamSearcher
 from t5x_ssm.inference.decoding import Generator, Stream
 from t5x_ssm.inference.sampling import GREEDY, Sampling
 from t5x_ssm.inference.scoring import Scores, score_batch
@@ -69,6 +70,7 @@ class PairGenerator:
         one = jax.ShapeDtypeStruct((1, SHORTEST), jnp.int32)
         shapes = {"network": params, "encoded": jax.eval_shape(encode, params, one), "inputs": one}
         self._generator = Generator(EncodedNetwork(network), shapes)
+        self._searcher = BeamSearcher(self._generator)
 
     def generate(
         self,
@@ -87,6 +89,24 @@ class PairGenerator:
         Raises:
           UserError: the decoder has learned positions, and fewer than `max_new_tokens`.
         """
+        given = self._read(inputs, max_new_tokens)
+        generator = self._generator.with_params(given)
+        state = generator.start(given["inputs"].shape[0], max_new_tokens)
+        settings = {"eos_id": eos_id, "seeds": seeds, "steps_per_call": steps_per_call}
+        return generator.generate(state, max_new_tokens, sampling, **settings)
+
+    def search(self, inputs: np.ndarray, max_new_tokens: int, beams: int, **settings: Any) -> Beams:
+        """The likeliest texts for each row of `inputs`, int [B, S], padded with 0.
+
+        Other arguments, result and errors as in `inference.beam_search.BeamSearcher.search`, and errors as in `generate`.
+        """
+        given = self._read(inputs, max_new_tokens)
+        state = self._generator.with_params(given).start(given["inputs"].shape[0], max_new_tokens)
+        repeated = {name: jnp.repeat(given[name], beams, axis=0) for name in ("encoded", "inputs")}
+        return self._searcher.with_params({**given, **repeated}).search(state, max_new_tokens, beams, **settings)
+
+    def _read(self, inputs: np.ndarray, max_new_tokens: int) -> dict[str, Any]:
+        """The parameters of the `EncodedNetwork` for these inputs."""
         positions = self.network.decoder_positions
         if positions is not None and max_new_tokens > positions:
             raise UserError(
@@ -94,11 +114,7 @@ class PairGenerator:
                 "(MAX_TARGET_LENGTH)."
             )
         inputs = padded_to_power(np.asarray(inputs, np.int32))
-        given = {"network": self.params, "encoded": self._encode(self.params, inputs), "inputs": inputs}
-        generator = self._generator.with_params(given)
-        state = generator.start(inputs.shape[0], max_new_tokens)
-        settings = {"eos_id": eos_id, "seeds": seeds, "steps_per_call": steps_per_call}
-        return generator.generate(state, max_new_tokens, sampling, **settings)
+        return {"network": self.params, "encoded": self._encode(self.params, inputs), "inputs": inputs}
 
 
 class PairScorer:
