@@ -22,11 +22,13 @@ class ObjectStore:
 
     Attributes:
       objects: content by 'bucket/name'.
+      forbidden: HTTP methods that are refused as if there were no access.
       environment: variables under which a process takes this for Google's store.
     """
 
     def __init__(self):
         self.objects: dict[str, bytes] = {}
+        self.forbidden: tuple[str, ...] = ()
         self.generations: dict[str, int] = {}
         self.uploads: dict[str, str] = {}
         self.lock = threading.RLock()
@@ -94,13 +96,16 @@ class _Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = {name: values[-1] for name, values in urllib.parse.parse_qs(url.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        match = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+?))?)?(/rewriteTo/.+)?", url.path)
+        if self.command in self.store.forbidden:
+            return self._answer(403, {"error": {"code": 403, "message": "no access"}})
+        match = re.fullmatch(
+            r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+?))?)?(?:/moveTo/o/(.+))?", url.path
+        )
         if match is None:
             return self._answer(404, {})
-        kind, bucket, name, rewrite = match.groups()
-        if rewrite:
-            there = re.fullmatch(r"/rewriteTo/b/([^/]+)/o/(.+)", rewrite)
-            return self._copy(f"{bucket}/{urllib.parse.unquote(name)}", *map(urllib.parse.unquote, there.groups()))
+        kind, bucket, name, target = match.groups()
+        if target:
+            return self._move(*(f"{bucket}/{urllib.parse.unquote(part)}" for part in (name, target)))
         if kind == "/upload":
             return self._upload(bucket, query, body)
         if "/o" not in url.path:
@@ -151,12 +156,12 @@ class _Handler(BaseHTTPRequestHandler):
                 items.append(self.store.described(path))
         self._answer(200, {"kind": "storage#objects", "items": items, "prefixes": sorted(set(prefixes))})
 
-    def _copy(self, source: str, bucket: str, name: str) -> None:
+    def _move(self, source: str, target: str) -> None:
         with self.store.lock:
             if source not in self.store.objects:
                 return self._answer(404, {"error": {"code": 404, "message": f"No such object: {source}"}})
-            self.store.write(f"{bucket}/{name}", self.store.objects[source])
-        self._answer(200, {"done": True, "resource": self.store.described(f"{bucket}/{name}")})
+            self.store.write(target, self.store.objects.pop(source))
+        self._answer(200, self.store.described(target))
 
     def _upload(self, bucket: str, query: dict[str, str], body: bytes) -> None:
         kind = query.get("uploadType")

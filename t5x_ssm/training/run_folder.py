@@ -86,8 +86,8 @@ def _entries(folder: places.Place) -> list[places.Place]:
 def _is_whole(checkpoint: places.Place) -> bool:
     """Whether all of a checkpoint in a store has been written.
 
-    Orbax writes a file at the end that says so. One that was copied there from a file system has none, and neither may what
-    names it be deleted; its metadata have the time at which it was whole.
+    Orbax writes a file at the end that says so. A checkpoint that was copied there from a file system, where a name says it,
+    may have none, and must not be taken for a leftover: its metadata have the time at which it was whole.
     """
     if (checkpoint / _COMMITTED).exists():
         return True
