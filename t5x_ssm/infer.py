@@ -36,7 +36,9 @@ from t5x_ssm.data import feed as feed_lib
 from t5x_ssm.data.examples import Example, TaskExamples, open_examples
 from t5x_ssm.errors import UserError
 from t5x_ssm.generate import restore_network
-from t5x_ssm.inference.decoding import PAD, Generator, Stream
+from t5x_ssm.inference import beam_search
+from t5x_ssm.inference.beam_search import Beams, BeamSearcher
+from t5x_ssm.inference.decoding import PAD, DecodeState, Generator, Stream
 from t5x_ssm.inference.encoded import PairGenerator, PairScorer
 from t5x_ssm.inference.ragged import batches, padded
 from t5x_ssm.inference.sampling import Sampling
@@ -50,6 +52,17 @@ MODES = ("predict", "score")
 STEPS_PER_CALL = 16
 # Capacities of full attention are multiples of this, so that batches share their executables.
 CAPACITY = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """How predictions are made; the parameters of `infer` of the same names."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    beams: int
+    length_penalty: float
 
 
 def infer(
@@ -70,6 +83,8 @@ def infer(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    beams: int = 1,
+    length_penalty: float | None = None,
 ) -> int:
     """Runs a model over a task and writes one JSON line an example.
 
@@ -88,6 +103,8 @@ def infer(
       max_new_tokens: when a prediction ends without EOS.
       temperature, top_k, top_p: see `inference.sampling.Sampling`; greedy by default.
       seed: of the draws; example i draws with seed + i.
+      beams: above 1, predictions are the likeliest whole texts that so many beams find.
+      length_penalty: of the beams, see `inference.beam_search`; 0.6 when None.
 
     Returns:
       The exit status, 0.
@@ -101,10 +118,18 @@ def infer(
         ("num_examples", num_examples, 1),
         ("prompt_length", prompt_length, 0),
         ("max_new_tokens", max_new_tokens, 1),
+        ("beams", beams, 1),
     ):
         if value is not None and value < least:
             raise UserError(f"infer.{name} = {value}; it must be at least {least}.")
     sampling = Sampling(temperature, top_k, top_p)
+    writing = Writing(max_new_tokens, sampling, seed, beams, 0.6 if length_penalty is None else length_penalty)
+    if beams > 1:
+        beam_search.check_settings(beams, writing.length_penalty, sampling)
+    elif length_penalty is not None:
+        raise UserError(
+            f"infer.length_penalty = {length_penalty} has a meaning for beams only: set infer.beams above 1."
+        )
     lengths = {"inputs": inputs_length, "targets": targets_length}
     tasks = open_examples(mixture_or_task_name, split, lengths)
     for task in tasks:
@@ -125,8 +150,7 @@ def infer(
         if prompt_length is not None and not task.has_inputs:
             examples = (task.cut(example, prompt_length) for example in examples)
         if mode == "predict":
-            settings = dataclasses.replace(sampling, vocab_size=task.description["size"])
-            lines = predict(reader, task, examples, batch_size, max_new_tokens, settings, seed)
+            lines = predict(reader, task, examples, batch_size, writing)
         else:
             lines = score(reader, examples, batch_size)
         if jax.process_index() == 0:
@@ -142,14 +166,21 @@ class TextReaders:
     def __init__(self, network: nn.Module, params: Any, batch_size: int):
         self._batch_size = batch_size
         self._generator = Generator(network, params)
+        self._searcher = BeamSearcher(self._generator)
         self._scorer = DocumentScorer(network, params)
 
-    def write(self, examples: Sequence[Example], limit: int, sampling: Sampling, **settings: Any) -> Stream:
+    def write(self, examples: Sequence[Example], limit: int, **settings: Any) -> Stream:
         """The tokens after each example's inputs."""
+        return self._generator.generate(self._read(examples, limit), limit, **settings)
+
+    def search(self, examples: Sequence[Example], limit: int, **settings: Any) -> Beams:
+        """The likeliest texts after each example's inputs."""
+        return self._searcher.search(self._read(examples, limit), limit, **settings)
+
+    def _read(self, examples: Sequence[Example], limit: int) -> DecodeState:
         tokens, lengths = padded([example.inputs for example in examples], self._batch_size)
         capacity = -(-(tokens.shape[1] + limit) // CAPACITY) * CAPACITY
-        state = self._generator.read(self._generator.start(self._batch_size, capacity), tokens, lengths)
-        return self._generator.generate(state, limit, sampling, **settings)
+        return self._generator.read(self._generator.start(self._batch_size, capacity), tokens, lengths)
 
     def score(self, examples: Sequence[Example]) -> Scores:
         """Of each example's targets."""
@@ -166,10 +197,15 @@ class PairReaders:
         self._generator = PairGenerator(network, params)
         self._scorer = PairScorer(network, params)
 
-    def write(self, examples: Sequence[Example], limit: int, sampling: Sampling, **settings: Any) -> Stream:
+    def write(self, examples: Sequence[Example], limit: int, **settings: Any) -> Stream:
         """As `TextReaders.write`."""
         inputs, _ = padded([example.inputs for example in examples], self._batch_size)
-        return self._generator.generate(inputs, limit, sampling, **settings)
+        return self._generator.generate(inputs, limit, **settings)
+
+    def search(self, examples: Sequence[Example], limit: int, **settings: Any) -> Beams:
+        """As `TextReaders.search`."""
+        inputs, _ = padded([example.inputs for example in examples], self._batch_size)
+        return self._generator.search(inputs, limit, **settings)
 
     def score(self, examples: Sequence[Example]) -> Scores:
         """As `TextReaders.score`."""
@@ -199,23 +235,23 @@ def shared(
 
 
 def predict(
-    reader: Readers,
-    task: TaskExamples,
-    examples: Iterable[Example],
-    batch_size: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
+    reader: Readers, task: TaskExamples, examples: Iterable[Example], batch_size: int, how: Writing
 ) -> Iterator[tuple[Example, dict[str, Any]]]:
     """Each example with what the network writes for its inputs."""
     eos_id = task.description["eos_id"]
+    settings = {"sampling": dataclasses.replace(how.sampling, vocab_size=task.description["size"]), "eos_id": eos_id}
 
     def write(first: int, batch: list[Example]) -> list[dict[str, Any]]:
-        seeds = seed + first + np.arange(batch_size)
-        stream = reader.write(
-            batch, max_new_tokens, sampling, eos_id=eos_id, seeds=seeds, steps_per_call=STEPS_PER_CALL
-        )
-        rows = np.stack(list(stream), axis=1)[: len(batch)].tolist()
+        if how.beams > 1:
+            found = reader.search(
+                batch, how.max_new_tokens, beams=how.beams, length_penalty=how.length_penalty, **settings
+            )
+            rows = found.tokens[:, 0]
+        else:
+            seeds = how.seed + first + np.arange(batch_size)
+            stream = reader.write(batch, how.max_new_tokens, seeds=seeds, steps_per_call=STEPS_PER_CALL, **settings)
+            rows = np.stack(list(stream), axis=1)
+        rows = rows[: len(batch)].tolist()
         written = (list(itertools.takewhile(lambda i: i not in (eos_id, PAD), row)) for row in rows)
         return [{"prediction": task.vocabulary.decode(ids)} for ids in written]
 
@@ -287,6 +323,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top_k", type=int, help="draw from the k most likely tokens; 0 from all")
     parser.add_argument("--top_p", type=float, help="draw from the nucleus of this probability")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--beams", type=int, help="above 1: search with so many beams for the likeliest text")
+    parser.add_argument("--length_penalty", type=float, help="of the beams: 0 ranks texts by log p alone")
     arguments = config_lib.parse_arguments(argv, parser)
     options = vars(arguments.options)
     processes.join(arguments.options)

@@ -10,6 +10,7 @@ import tiny
 
 from t5x_ssm import export, generate, infer
 from t5x_ssm.errors import UserError
+from t5x_ssm.inference.beam_search import BeamSearcher
 from t5x_ssm.layers.gss import GSS
 from t5x_ssm.models.decoder import Decoder
 from t5x_ssm.training import checkpoints
@@ -133,6 +134,37 @@ def test_predictions_do_not_depend_on_the_batch_and_continue_the_inputs(run_fold
         continuation = "".join(shown).removeprefix(line["inputs"]).removesuffix("\n")
         # The vocabulary drops bytes that are no UTF-8, the stream shows them as U+FFFD.
         assert continuation.replace("\ufffd", "") == line["prediction"].replace("\ufffd", "")
+
+
+@pytest.mark.slow
+def test_predictions_of_beams_are_those_of_the_search_alone(run_folder, params):
+    flags = [f"--model_dir={run_folder}", "--max_new_tokens=3", "--batch_size=3"]
+    settings = {"greedy": [], "beams": ["--beams=8", "--length_penalty=0"]}
+    for name, more in settings.items():
+        assert infer.main([*flags, *more, f"--output_dir={run_folder}/{name}"]) == 0
+    greedy, beams = (lines(run_folder / name, "pairs-validation-predict") for name in settings)
+    # One example at a time, without the command.
+    network = BeamSearcher(infer.Generator(NETWORK, params))
+    for line, (inputs, _) in zip(beams, PAIRS, strict=True):
+        before = np.array([vocabularies.encode_bytes(inputs)], np.int32).reshape(1, -1)
+        state = network.generator.read(network.generator.start(1), before)
+        found = network.search(state, 3, 8, length_penalty=0.0, sampling=infer.Sampling(0.0, vocab_size=259))
+        ids = [i for i in found.tokens[0, 0].tolist() if i > 1]
+        assert line["prediction"] == vocabularies.byte_vocabulary().decode(ids)
+    assert [line["prediction"] for line in beams] != [line["prediction"] for line in greedy]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--beams=0"], "infer.beams = 0"),
+        (["--beams=2", "--top_p=0.5"], "leave temperature, top_k and top_p"),
+        (["--length_penalty=1"], "set infer.beams above 1"),
+    ],
+)
+def test_settings_of_beams_that_mean_nothing_are_refused(run_folder, flags, message):
+    with pytest.raises(UserError, match=message):
+        infer.main([f"--model_dir={run_folder}", *flags])
 
 
 @pytest.mark.slow
