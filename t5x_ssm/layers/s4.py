@@ -29,6 +29,7 @@ from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
 from t5x_ssm.layers.settings import require_choice, require_steps
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import diagonal, dplr, initialization
+from t5x_ssm.ssm.dplr_powers import DPLR
 
 Array = jax.Array
 
@@ -127,7 +128,7 @@ class S4StateSpace(nn.Module):
         require_steps("S4StateSpace", self.step_min, self.step_max)
 
 
-def _dplr_axes(system: dplr.DPLR) -> CoreAxes:
+def _dplr_axes(system: DPLR) -> CoreAxes:
     """Shardings of a DPLR bank: everything is per channel."""
     axes = jax.tree.map(lambda leaf: ("channels", None)[: leaf.ndim], system)
     return CoreAxes(axes, ("batch", None, "channels"), (("batch", "channels", None),) * 2)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import jit
 
-from t5x_ssm.ssm import dplr, initialization
+from t5x_ssm.ssm import dplr, dplr_kernel, initialization
+from t5x_ssm.ssm.dplr_kernel import KERNEL_METHODS, kernel
 
 BATCH, LENGTH, CHANNELS, MODES = 2, 45, 3, 4
 
@@ -104,8 +105,8 @@ def test_kernel_and_its_gradient(length):
     with jax.enable_x64(True):
         p = arrays(random_parameters())
         (_, want), want_gradient = run(lambda p: dense_kernel(p, length))(p)
-        for method in dplr.KERNEL_METHODS:
-            (_, value), gradient = run(lambda p, m=method: dplr.kernel(dplr.s4(**p), length, method=m))(p)
+        for method in KERNEL_METHODS:
+            (_, value), gradient = run(lambda p, m=method: kernel(dplr.s4(**p), length, method=m))(p)
             np.testing.assert_allclose(value, want, atol=1e-11, err_msg=method)
             for key in p:
                 np.testing.assert_allclose(gradient[key], want_gradient[key], rtol=1e-9, atol=1e-9, err_msg=key)
@@ -120,7 +121,7 @@ def test_the_legs_start_is_the_hippo_system():
     steps = np.array([1e-2, 0.2])
     with jax.enable_x64(True):
         parameters = arrays(legs_parameters(size, steps, c_re=rotated.real, c_im=rotated.imag))
-        value = dplr.kernel(dplr.s4(**parameters), length)
+        value = kernel(dplr.s4(**parameters), length)
     for h, step in enumerate(steps):
         inverse = np.linalg.inv(np.eye(size) - step / 2 * a)
         a_bar, state = inverse @ (np.eye(size) + step / 2 * a), inverse @ (step * b)
@@ -340,11 +341,11 @@ def test_float32_accuracy_of_legs(length, tolerance, steps):
             assert error < tolerance * np.abs(exact).max(), (way, key)
 
 
-@pytest.mark.parametrize("method", dplr.KERNEL_METHODS)
+@pytest.mark.parametrize("method", KERNEL_METHODS)
 def test_float32_kernels_of_legs(method):
     steps = np.array([1e-3, 1e-2, 1e-1])
     single = jax.tree.map(lambda x: np.asarray(x, np.float32), legs_parameters(64, steps))
-    value = np.asarray(jit(lambda p: dplr.kernel(dplr.s4(**p), 1024, method=method))(single), np.float64)
+    value = np.asarray(jit(lambda p: kernel(dplr.s4(**p), 1024, method=method))(single), np.float64)
     with jax.enable_x64(True):
         exact = jit(lambda p: dense_kernel(p, 1024))(arrays(jax.tree.map(lambda x: x.astype(np.float64), single)))
     exact = np.asarray(exact)
@@ -352,15 +353,17 @@ def test_float32_kernels_of_legs(method):
 
 
 @pytest.mark.slow
-def test_groups_of_channels_change_nothing(monkeypatch):
+@pytest.mark.parametrize("method", KERNEL_METHODS)
+def test_groups_of_channels_and_of_frequencies_change_nothing(monkeypatch, method):
     p = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_parameters())
 
     def value_and_gradient():
-        run = lambda p: jnp.sum(jnp.sin(dplr.kernel(dplr.s4(**p), LENGTH)))
+        run = lambda p: jnp.sum(jnp.sin(kernel(dplr.s4(**p), LENGTH, method=method)))
         return jit(jax.value_and_grad(run))(p)
 
     whole = value_and_gradient()
-    monkeypatch.setattr(dplr, "GROUP_ELEMENTS", 100)  # one channel at a time
+    monkeypatch.setattr(dplr_kernel, "GROUP_ELEMENTS", 100)  # one channel at a time
+    monkeypatch.setattr(dplr_kernel, "CAUCHY_GROUP_ELEMENTS", 64)  # four frequencies, the last group not full
     for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(value_and_gradient()), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
 
@@ -406,8 +409,8 @@ def test_a_layer_of_65536_tokens_needs_at_most_1536_mib():
 def test_no_operation_is_left_to_a_linear_algebra_library():
     """All of it lowers for accelerators as products, FFTs and elementwise operations."""
     system = jax.eval_shape(lambda p: dplr.s4(**p), arrays(random_parameters()))
-    for method in dplr.KERNEL_METHODS:
-        run = jax.jit(jax.grad(lambda s, method=method: dplr.kernel(s, 64, method=method).sum()))
+    for method in KERNEL_METHODS:
+        run = jax.jit(jax.grad(lambda s, method=method: kernel(s, 64, method=method).sum()))
         text = run.trace(system).lower(lowering_platforms=("tpu",)).as_text()
         assert "lapack" not in text and "custom_call @" not in text.replace("custom_call @Sharding", "")
 
@@ -415,6 +418,6 @@ def test_no_operation_is_left_to_a_linear_algebra_library():
 def test_settings_that_cannot_be_are_refused():
     system = dplr.s4(**arrays(random_parameters()))
     with pytest.raises(ValueError, match="choose method from krylov, cauchy"):
-        dplr.kernel(system, 8, method="doubling")
+        kernel(system, 8, method="doubling")
     with pytest.raises(ValueError, match="chunk_size must be at least 1"):
         dplr.chunked(system, jnp.zeros((1, 5, CHANNELS)), chunk_size=0)
