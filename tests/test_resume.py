@@ -11,15 +11,12 @@ import re
 import signal
 import time
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from stored_runs import stored
 from training_command import Command, arguments, run
 
-from t5x_ssm.training import manifest
 from t5x_ssm.training.metrics import history
-from t5x_ssm.training.run_folder import checkpoint_path, checkpoint_steps
+from t5x_ssm.training.run_folder import checkpoint_steps
 
 STEPS = 60
 LOG_PERIOD = 7
@@ -64,29 +61,8 @@ class Starts:
         return max(checkpoint_steps(self.model_dir), default=0)
 
 
-def stored(model_dir: pathlib.Path) -> dict:
-    """Everything that the last checkpoint of a run says, without the clock."""
-    path = checkpoint_path(model_dir, STEPS)
-    shapes = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    tree = ocp.PyTreeCheckpointHandler().restore(
-        path / "state", args=ocp.args.PyTreeRestore(jax.tree.map(lambda _: 0, shapes), restore_args=as_numpy)
-    )
-    arrays = {
-        jax.tree_util.keystr(keys): (leaf.dtype.name, leaf.shape, leaf.tobytes())
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    described = manifest.read(path)
-    described["metadata"]["loop"]["window"].pop("time")
-    return {
-        "arrays": arrays,
-        "data": manifest.read_dataset_state(path, described),
-        "loop": described["metadata"]["loop"],
-    }
-
-
 def assert_as_if_nothing_had_happened(model_dir: pathlib.Path, reference: pathlib.Path) -> None:
-    found, expected = stored(model_dir), stored(reference)
+    found, expected = stored(model_dir, STEPS), stored(reference, STEPS)
     assert len(expected["arrays"]) > 20
     assert found["arrays"].keys() == expected["arrays"].keys()
     assert [name for name in expected["arrays"] if found["arrays"][name] != expected["arrays"][name]] == []
