@@ -34,6 +34,7 @@ from gin import config as gin_config
 from t5x_ssm.errors import UserError
 from t5x_ssm.parallel import processes
 from t5x_ssm.training import places
+from tasks.corpora import settings as corpora
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 # gin also looks for a file as a resource of a package: `include 'runs/pretrain.gin'` would import any folder named `runs`
@@ -176,6 +177,9 @@ def check(root: Callable, *more_roots: Callable) -> None:
     _check_required(configurable.selector)
     for other in more_roots:
         reachable |= _reachable(gin_config._INVERSE_REGISTRY[other].selector)
+    _check_corpora()
+    for scope, selector in corpora.set_in_gin():  # Read when data is, see `tasks.corpora.settings`.
+        reachable |= _reachable(selector, scope)
     used = sorted(scope for scope, selector in reachable if selector == "gin.macro" and scope)
     for key, params in gin_config._CONFIG.items():
         if key in reachable or not params:
@@ -205,6 +209,15 @@ def description(without: Sequence[str] = ()) -> dict[str, str]:
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in without):
                 flat[name] = repr(_without_macros(value))
     return flat
+
+
+def operative_text() -> str:
+    """What a run used of the configuration, as a gin file.
+
+    The corpora's settings are in it, which are looked up and not called; they stand before what turns dynamic registration on.
+    """
+    settings = "".join(f"{parameter} = {value!r}\n" for parameter, value in corpora.given().items())
+    return settings + gin.operative_config_str()
 
 
 def run_main(main: Callable[[Sequence[str]], Any]) -> None:
@@ -282,10 +295,10 @@ def _scopes(scope: str) -> list[str]:
     return ["/".join(parts[:depth]) for depth in range(len(parts) + 1)]
 
 
-def _calls(root: str) -> dict[tuple[str, str], bool]:
+def _calls(root: str, scope: str = "") -> dict[tuple[str, str], bool]:
     """(scope, selector) of all that a call of the selector `root` reaches, macros included; and whether it calls it."""
     found: dict[tuple[str, str], bool] = {}
-    todo = [(("", root), True)]
+    todo = [((scope, root), True)]
     while todo:
         call, called = todo.pop()
         if found.get(call, False) or (call in found and not called):
@@ -303,9 +316,21 @@ def _calls(root: str) -> dict[tuple[str, str], bool]:
     return found
 
 
-def _reachable(root: str) -> set[tuple[str, str]]:
+def _reachable(root: str, scope: str = "") -> set[tuple[str, str]]:
     """(scope, selector) of every binding that a call of the selector `root` would use."""
-    return {(outer, selector) for scope, selector in _calls(root) for outer in _scopes(scope)}
+    return {(outer, selector) for scope, selector in _calls(root, scope) for outer in _scopes(scope)}
+
+
+def _check_corpora() -> None:
+    """Raises UserError for the place of a corpus that does not exist; a module of the user's may register others."""
+    datasets = (
+        params for (_, selector), params in gin_config._CONFIG.items() if selector.endswith("feed.DatasetConfig")
+    )
+    if not any(params.get("module") for params in datasets):
+        try:
+            corpora.check()
+        except corpora.CorpusError as error:
+            raise UserError(str(error)) from None
 
 
 def _check_required(root: str) -> None:

@@ -46,6 +46,8 @@ NOT_PART_OF_A_RUN = (
     "checkpoints.*",
     "feed.DatasetConfig.cache_dir",
     "*/feed.DatasetConfig.cache_dir",
+    "*/settings._location.path",  # That it is the same data, the feed's position says; that of the vocabulary, its hash.
+    "settings._vocabulary.name",
     "mesh.MeshConfig.*",
     "trainer.TrainerConfig.log_period",
     "trainer.TrainerConfig.max_skipped_in_a_row",
@@ -314,7 +316,7 @@ def write_summary(folder: places.Place, run: trainer_lib.Trainer, optimizer: Opt
     params = run.abstract_state.params
     groups = optimizer.group_table(params)
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-    (folder / "config.gin").write_text(gin.operative_config_str())
+    (folder / "config.gin").write_text(config_lib.operative_text())
     (folder / "model-info.txt").write_text(f"mesh: {shape}\n\n{parameter_table(params)}\n\n{groups}\n")
     logging.info("%s", groups)
 

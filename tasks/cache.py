@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tasks import cache_store
+from tasks import cache_store, provenance
 from tasks.cache_files import (
     FEATURE,
     FORMAT,
@@ -29,11 +29,11 @@ from tasks.cache_files import (
     CacheError,
     check,
     digest,
-    is_current,
     read_json,
-    version,
     write_whole,
 )
+from tasks.corpora import settings
+from tasks.provenance import version
 
 if TYPE_CHECKING:
     import seqio
@@ -51,6 +51,8 @@ __all__ = [
     "version",
 ]
 
+
+logger = logging.getLogger(__name__)
 
 # In the cache folder: copies of what is small of caches in stores.
 STORES = "stores"
@@ -91,14 +93,16 @@ def find(name: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path 
         cache_dir = cache_store.mirror(name, str(cache_dir), default_cache_dir() / STORES)
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     paths = (cache_dir / name).glob("*.json")
+    others = []
     for path in sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
         mixture = read_json(path)
-        if (
-            mixture.get("format") == FORMAT
-            and all(is_current(name, made_from) for name, made_from in mixture["environment"].items())
-            and all((cache_dir / component["directory"]).is_dir() for component in mixture["components"])
-        ):
-            return path
+        whole = all((cache_dir / component["directory"]).is_dir() for component in mixture["components"])
+        if mixture.get("format") == FORMAT and whole:
+            if not (changes := provenance.changes(mixture["environment"])):
+                return path
+            others.append((path, changes))
+    if others:
+        logger.info("The token cache %s is not the one that is meant: %s.", others[0][0], "; ".join(others[0][1]))
     return None
 
 
@@ -135,15 +139,16 @@ def build(
         raise CacheError(f"--processes={processes}; it must be at least 1.")
     if cache_dir and cache_store.is_url(cache_dir):
         cache_store.Store(str(cache_dir))  # A package that is missing is better missed before the work than after it.
-        settings = {"modules": modules, "processes": processes, "gin_files": gin_files, "gin_bindings": gin_bindings}
-        cache_store.publish(build(name, **settings), str(cache_dir))
+        rest = {"modules": modules, "processes": processes, "gin_files": gin_files, "gin_bindings": gin_bindings}
+        cache_store.publish(build(name, **rest), str(cache_dir))
         return find(name, cache_dir)
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
-    prepare = functools.partial(_prepare, tuple(modules), tuple(gin_files), tuple(gin_bindings))
-    prepare()
+    registration = functools.partial(prepare, tuple(modules), tuple(gin_files), tuple(gin_bindings))
+    registration()
     provider = registered(name, modules)
     tasks = list(getattr(provider, "tasks", [provider]))
-    components, environment, vocabulary = [], {}, None
+    components, vocabulary = [], None
+    environment: dict[str, Any] = settings.rates_environment([task.name for task in tasks]) if len(tasks) > 1 else {}
     for task in tasks:
         try:
             rate = float(provider.get_rate(task)) if len(tasks) > 1 or provider is not task else 1.0
@@ -161,7 +166,7 @@ def build(
                 f"The tasks of mixture {name!r} differ in their vocabularies: {tasks[0].name!r} has {vocabulary}, "
                 f"{task.name!r} has {found}."
             )
-        source = _describe_source(task.source)
+        source = describe_source(task.source)
         environment.update(source.get("environment", {}))
         identity = {
             "format": FORMAT,
@@ -176,7 +181,7 @@ def build(
             identity,
             found,
             processes=processes,
-            prepare=prepare,
+            prepare=registration,
             published=source.get("published"),
             texts=texts,
         )
@@ -209,8 +214,12 @@ def _text_features(task: "seqio.Task") -> tuple[str, ...]:
     )
 
 
-def _prepare(modules: Sequence[str], gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
-    """Registers tasks and reads their settings, in this process."""
+def prepare(modules: Sequence[str], gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
+    """Registers tasks and reads their settings, in this process.
+
+    Raises:
+      CacheError: a module cannot be imported, or a place is set of a corpus that does not exist.
+    """
     for module in modules:
         try:
             imported = importlib.import_module(module)
@@ -222,6 +231,8 @@ def _prepare(modules: Sequence[str], gin_files: Sequence[str], gin_bindings: Seq
         import gin
 
         gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings))
+    if set(modules) <= {"tasks"}:
+        settings.check()
 
 
 def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | seqio.Mixture":
@@ -234,7 +245,7 @@ def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | 
 
     import seqio
 
-    _prepare(tuple(modules), (), ())
+    prepare(tuple(modules), (), ())
     names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -246,7 +257,8 @@ def registered(name: str, modules: Iterable[str] = ("tasks",)) -> "seqio.Task | 
     return seqio.get_mixture_or_task(name)
 
 
-def _describe_source(source: "seqio.DataSource") -> dict[str, Any]:
+def describe_source(source: "seqio.DataSource") -> dict[str, Any]:
+    """What the contents of a source depend on, JSON-able; its `environment` is what `tasks.provenance` compares."""
     described = {"kind": type(source).__name__, "splits": sorted(source.splits or ()), "repr": _stable(repr(source))}
     # A source or its function says what its data depends on: {"environment": {name: version(name)}, …}.
     own = getattr(source, "describe_source", None)

@@ -15,12 +15,9 @@ The stream of a split is that of its shards, one after the other. A labelled tas
 """
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
-import platform
 from typing import Any
 
 import numpy as np
@@ -95,39 +92,6 @@ def _checksum(path: pathlib.Path, pointer: pathlib.Path | None) -> str:
     from tasks import cache_store
 
     return cache_store.StoredTokens(pointer, np.dtype(np.uint8)).sha256()
-
-
-def version(name: str) -> str | None:
-    """The present version of something that a source depends on.
-
-    Args:
-      name: 'python', the name of an installed distribution, 'module NAME' for a digest of a module's source, or
-        'variable NAME' or 'location NAME' for the value of an environment variable.
-
-    Returns:
-      The version; None if it is not installed or not set.
-    """
-    kind, _, rest = name.partition(" ")
-    if kind in ("variable", "location"):
-        return os.environ.get(rest) or None
-    if name == "python":
-        return platform.python_version()
-    try:
-        if kind == "module":
-            spec = importlib.util.find_spec(rest)
-            return sha256(pathlib.Path(spec.origin))[:16] if spec and spec.origin else None
-        return importlib.metadata.version(name)
-    except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
-        return None
-
-
-def is_current(name: str, made_from: str | None) -> bool:
-    """Whether something is as it was when a cache was made.
-
-    The place of a corpus counts only where it is set: whoever trains from a cache need not have the corpus.
-    """
-    now = version(name)
-    return now == made_from or (now is None and name.startswith("location "))
 
 
 def digest(identity: dict[str, Any]) -> str:

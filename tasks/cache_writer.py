@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks import cache_files, plain_text
+from tasks import cache_files, plain_text, provenance
 from tasks.cache_files import DATA_FILES, FEATURE, CacheError
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _finish_split(task, directory, split, identity, vocabulary, published) -> No
         "counts": counts,
         "dtype": np.dtype(np.min_scalar_type(vocabulary["size"] - 1)).newbyteorder("<").str,
         "vocabulary": vocabulary,
-        "made_by": {name: cache_files.version(name) for name in ("t5x_ssm", "seqio", "sentencepiece", "python")},
+        "made_by": {name: provenance.version(name) for name in ("t5x_ssm", "seqio", "sentencepiece", "python")},
         "shards": shards,
     }
     if published and published["documents"] == total["documents"]:

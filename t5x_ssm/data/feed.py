@@ -30,6 +30,7 @@ from t5x_ssm.data.reading import for_the_user
 from t5x_ssm.data.sources import Batch
 from t5x_ssm.errors import DataError
 from tasks import cache
+from tasks.corpora import settings
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def open_feed(
         feed: IndexedRows = ClassificationFeed(mixture, identity, **settings, **place)
     else:
         feed = IndexedFeed(mixture, config, seed=seed, **place)
-    feed.counts = mixture.counts
+    feed.counts, feed.made_from = mixture.counts, mixture.made_from
     return feed
 
 
@@ -384,6 +385,7 @@ def _make_cache(name: str, cache_dir: str | os.PathLike, module: str | None) -> 
         return cache.build(name, cache_dir, modules=modules[1:])
     command = [sys.executable, "-m", "tasks.cache", f"--mixture={name}", f"--cache_dir={cache_dir}"]
     command += [f"--module={m}" for m in modules[1:]]
+    command += [f"--gin.{parameter}={value!r}" for parameter, value in settings.given().items()]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),

@@ -47,7 +47,7 @@ class IndexedRows(PrefetchedFeed):
         return batch
 
     def state(self) -> dict[str, Any]:
-        return {**self.identity, "step": self._step}
+        return {**self.identity, "made_from": self.made_from, "step": self._step}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._check_identity(state)

@@ -12,7 +12,7 @@ import contextlib
 import pathlib
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from t5x_ssm.data.prefetch import PrefetchedFeed, Prefetcher
 from t5x_ssm.data.reading import for_the_user
 from t5x_ssm.errors import DataError
 from tasks import cache, vocabularies
+from tasks.cache_files import digest
 
 if TYPE_CHECKING:
     from t5x_ssm.data.feed import DatasetConfig
@@ -71,7 +72,9 @@ class LiveFeed(PrefetchedFeed):
                 f"The vocabulary {vocabulary['name']} of {name!r} has no padding, and seqio pads with the id 0, which is a "
                 "token there. Train from the token cache (DatasetConfig.source='cache')."
             )
+        identity["data"], made_from = describe_data(self._tasks)
         super().__init__(vocabulary, identity, prefetch=prefetch)
+        self.made_from = made_from
         self._step = 0
         # The newest saved iterator that the consumer has reached: the step it belongs to, and its contents.
         self._snapshot: tuple[int, dict[str, str] | None] = (0, None)
@@ -93,7 +96,7 @@ class LiveFeed(PrefetchedFeed):
     def state(self) -> dict[str, Any]:
         saved_at, snapshot = self._snapshot
         position = {"step": self._step, "skip": self._step - saved_at, "iterator": snapshot}
-        return {**self.identity, **position, "counts": dict(self.counts)}
+        return {**self.identity, **position, "made_from": self.made_from, "counts": dict(self.counts)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         saved, now = state.get("process_count"), self.identity["process_count"]
@@ -182,6 +185,20 @@ def open_provider(config: "DatasetConfig") -> Any:
 def tasks_of(provider: Any) -> list[Any]:
     """The tasks of a seqio mixture, or the task alone."""
     return list(getattr(provider, "tasks", [provider]))
+
+
+def describe_data(tasks: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+    """What identifies the data of tasks, as far as their sources can tell, and under which settings it was found.
+
+    Raises:
+      DataError: it cannot be found.
+    """
+    with for_the_user():
+        found = {task.name: cache.describe_source(task.source) for task in tasks}
+    made_from = {
+        name: value for described in found.values() for name, value in described.pop("environment", {}).items()
+    }
+    return digest(found), made_from
 
 
 def eos_ids(provider: Any) -> dict[str, int | None]:

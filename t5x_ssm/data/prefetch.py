@@ -2,6 +2,7 @@
 
 import abc
 import atexit
+import logging
 import queue
 import threading
 import time
@@ -11,6 +12,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from t5x_ssm.errors import DataError
+from tasks import provenance
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -90,6 +94,8 @@ class PrefetchedFeed(abc.ABC):
       bytes_per_token: bytes of text that a token stands for on average; None where it is not known.
       counts: what was left out, replaced or cut, by name: in all data, where that was counted when it was prepared, else
         in this process's rows up to the batch that `next()` returned last.
+      made_from: under which settings the data was found, places included; a position remembers them, and may go on under others
+        while the data is the same.
     """
 
     bytes_per_token: float | None = None
@@ -98,6 +104,7 @@ class PrefetchedFeed(abc.ABC):
         self.vocabulary = vocabulary
         self.identity = identity
         self.counts: dict[str, int] = {}
+        self.made_from: dict[str, Any] = {}
         self._depth = prefetch
         self._waited = 0.0
         self._prefetcher: Prefetcher | None = None
@@ -138,10 +145,16 @@ class PrefetchedFeed(abc.ABC):
         self.close()
 
     def _check_identity(self, state: Mapping[str, Any]) -> None:
+        """Raises DataError if a position belongs to other data or settings; says it if the data has merely moved."""
+        moved = provenance.differences(state.get("made_from", {}), self.made_from)
         differing = [name for name in self.identity if state.get(name) != self.identity[name]]
         if differing:
-            details = "; ".join(f"{n}: saved {state.get(n)!r}, now {self.identity[n]!r}" for n in differing)
+            details = "; ".join(
+                [*(f"{n}: saved {state.get(n)!r}, now {self.identity[n]!r}" for n in differing), *moved]
+            )
             raise DataError(
                 f"The saved data position belongs to another data configuration ({details}). Set these back to go on "
                 "with this run, or start one in a new MODEL_DIR."
             )
+        for change in moved:
+            logger.info("%s; the data is the same.", change)

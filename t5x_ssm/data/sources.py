@@ -57,6 +57,7 @@ class CachedMixture:
       vocabulary: description of the vocabulary that all streams share (`tasks.vocabularies.describe`).
       streams: one per task.
       rates: one per task, positive.
+      made_from: settings and versions that the cache was made under.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class CachedMixture:
         cache_dir = path.parent.parent
         self.name: str = mixture["name"]
         self.vocabulary: dict = mixture["vocabulary"]
+        self.made_from: dict = mixture["environment"]
         self.rates = [component["rate"] for component in mixture["components"]]
         self.streams = []
         for component in mixture["components"]:

@@ -4,18 +4,12 @@ corpora.rates.books = 2.0           in gin: rates of books_code_math
 corpora.rates.temperature = 2.0     rate ** (1 / temperature), as in seqio
 """
 
-import gin
 import seqio
 
 import tasks.corpora.books
 import tasks.corpora.code
 import tasks.corpora.mathematics  # noqa: F401  (they register the tasks)
 from tasks.corpora import pile, settings
-
-
-@gin.configurable("rates", module="corpora")
-def _rates(books: float, code: float, mathematics: float, temperature: float) -> None:
-    """What gin may set of the rates; `settings.bound` reads it."""
 
 
 def books_code_math_rate(task: seqio.Task) -> float:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.cache_files import version
 from tasks.long_range_arena import listops, pathfinder
+from tasks.provenance import version
 
 SEED = 0
 SHARD_SIZE = 1000

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.cache_files import version
 from tasks.corpora import settings
+from tasks.provenance import version
 from tasks.vocabularies import EOS_ID, encode_bytes
 
 Example = dict[str, Any]
@@ -42,10 +42,7 @@ def describe(name: str) -> dict[str, Any]:
     root, digest = settings.location(name), hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-    environment = {
-        f"location {settings.variable(name)}": str(root),
-        f"module {__name__}": version(f"module {__name__}"),
-    }
+    environment = settings.place_environment(name) | {f"module {__name__}": version(f"module {__name__}")}
     return {"files": digest.hexdigest()[:16], "environment": environment}
 
 

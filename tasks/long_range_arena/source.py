@@ -41,7 +41,7 @@ class LabelledSource(PythonSource):
           read: from a split and a shard to its examples, always the same.
           splits: their names.
           texts: the features beside `targets`.
-          describe: what the examples depend on, for the token cache; see `tasks.cache_files.version`.
+          describe: what the examples depend on, for the token cache; see `tasks.provenance.version`.
         """
         super().__init__(splits=tuple(splits))
         self._name, self._texts = name, tuple(texts)

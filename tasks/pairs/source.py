@@ -62,6 +62,20 @@ class RecordSource(PythonSource):
     def __repr__(self) -> str:
         return f"RecordSource({self._location}, {sorted(self._fields)})"
 
+    def describe_source(self) -> dict[str, Any]:
+        """What the token cache records: names and sizes of the files, or the TFDS data set, and the settings that it was made
+        under."""
+        name = settings.tfds_name(self._location, self._tfds_subset)
+        found = (self._find(split) for split in self._stems) if name is None else ()
+        files = [f"{path.name} {path.stat().st_size}" for path in found if path] if name is None else [name]
+        return {"files": files, "environment": settings.environment(self._location)}
+
+    def missing(self, split: str) -> str | None:
+        """Why the folder has no file of a split; None if it has. Train may not be missing, and of TFDS none."""
+        if settings.tfds_name(self._location) is None and split != "train" and not self._find(split):
+            return self._absence(split)
+        return None
+
     def get_dataset(
         self,
         split: str,
@@ -116,12 +130,18 @@ class RecordSource(PythonSource):
             raise settings.CorpusError(f"{path} has no records.")
 
     def _file(self, split: str) -> pathlib.Path:
+        if path := self._find(split):
+            return path
+        raise settings.CorpusError(self._absence(split))
+
+    def _find(self, split: str) -> pathlib.Path | None:
         root = settings.location(self._location)
-        for folder in self._folders:
-            if path := records.find_file(root / folder, self._stems[split]):
-                return path
-        below = " or ".join(str(root / folder) for folder in self._folders)
-        raise settings.CorpusError(
+        paths = (records.find_file(root / folder, self._stems[split]) for folder in self._folders)
+        return next((path for path in paths if path), None)
+
+    def _absence(self, split: str) -> str:
+        below = " or ".join(str(settings.location(self._location) / folder) for folder in self._folders)
+        return (
             f"There is no file of the split {split!r} in {below}; looked for {' and '.join(self._stems[split])} with "
             f"{', '.join(records.ENDINGS)}."
         )

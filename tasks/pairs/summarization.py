@@ -4,7 +4,7 @@
     $T5X_SSM_CNN_DAILYMAIL   the same, or tfds:cnn_dailymail:3.4.0
     $T5X_SSM_XSUM            the same, or tfds:xsum:1.1.0
 
-or `summarization/corpora.location.path` and so on in gin, for tools that read gin files.
+or `summarization/corpora.location.path` and so on in gin.
 """
 
 import tensorflow as tf
