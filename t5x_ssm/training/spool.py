@@ -96,8 +96,7 @@ class Spool:
                 for path in sorted(self.folder.iterdir())
                 if path.is_file() and path.suffix != ".tmp" and (state := _state(path)) != self._copied.get(path.name)
             }
-            if changed:
-                self._check()
+            self._check()
             for name, state in changed.items():
                 places.copy(self.folder / name, self._there / name)
                 self._copied[name] = state
