@@ -149,10 +149,8 @@ def train(
             log = MetricsLog(spool.folder / METRICS_FILE, resume_step=first_step, tensorboard_dir=events)
 
         def save(step, state, dataset_state, loop_state):
-            if places.is_store(
-                folder
-            ):  # The history up to here must be there before the checkpoint that goes on from it.
-                consensus.ask_first(check_lock)
+            if places.is_store(folder):
+                # The history up to here must be there before the checkpoint that goes on from it.
                 consensus.ask_first(spool.upload)
             metadata = {
                 "loop": loop_state,
@@ -316,8 +314,9 @@ def write_summary(folder: places.Place, run: trainer_lib.Trainer, optimizer: Opt
     params = run.abstract_state.params
     groups = optimizer.group_table(params)
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-    (folder / "config.gin").write_text(config_lib.operative_text())
-    (folder / "model-info.txt").write_text(f"mesh: {shape}\n\n{parameter_table(params)}\n\n{groups}\n")
+    with places.reached(folder, "MODEL_DIR"):
+        (folder / "config.gin").write_text(config_lib.operative_text())
+        (folder / "model-info.txt").write_text(f"mesh: {shape}\n\n{parameter_table(params)}\n\n{groups}\n")
     logging.info("%s", groups)
 
 

@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from t5x_ssm.errors import CheckpointError, UserError
-from t5x_ssm.training import consensus, run_folder, stored_tree, verified_arrays
+from t5x_ssm.training import consensus, places, run_folder, stored_tree, verified_arrays
 from t5x_ssm.training import manifest as manifests
 from t5x_ssm.training.checkpoints import RestoreCheckpointConfig, Restored
 
@@ -136,7 +136,7 @@ def restore_state(restore: RestoreCheckpointConfig, abstract_tree: Mapping[str, 
 def _find(restore: RestoreCheckpointConfig) -> epath.Path:
     if restore.path is None:
         raise UserError("RestoreCheckpointConfig.path is not set, so there is nothing to restore from.")
-    return epath.Path(consensus.ask_first(lambda: str(run_folder.find_checkpoint(restore.path, restore.mode))))
+    return places.located(consensus.ask_first(lambda: str(run_folder.find_checkpoint(restore.path, restore.mode))))
 
 
 def _contents(path: epath.Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:

@@ -15,8 +15,9 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
+from typing import TypeVar
 
 from absl import logging
 from etils import epath
@@ -32,6 +33,8 @@ _BAD = "bad"
 # Of Orbax.
 _COMMITTED, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
 _ROWS = 20
+
+T = TypeVar("T")
 
 
 def local(setting: str, folder: str) -> pathlib.Path:
@@ -52,12 +55,21 @@ def make(model_dir: epath.PathLike) -> None:
 
     def mkdir() -> None:
         try:
-            with places.reached(model_dir, "MODEL_DIR"):
-                epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
+            epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise RunFolderError(f"MODEL_DIR={model_dir} cannot be used as a run folder: {e}") from e
 
-    consensus.ask_first(mkdir)
+    consensus.ask_first(_reaching(model_dir, mkdir))
+
+
+def _reaching(model_dir: epath.PathLike, function: Callable[[], T]) -> Callable[[], T]:
+    """`function`, with the errors of a store's client explained."""
+
+    def explained() -> T:
+        with places.reached(model_dir, "MODEL_DIR"):
+            return function()
+
+    return explained
 
 
 def checkpoint_path(model_dir: epath.PathLike, step: int) -> epath.Path:
@@ -160,7 +172,7 @@ def remove_leftovers(model_dir: epath.PathLike, step: int | None = None) -> list
             entry.rmtree()
         return sorted(entry.name for entry in leftovers)
 
-    removed = consensus.ask_first(remove)
+    removed = consensus.ask_first(_reaching(model_dir, remove))
     for name in removed:
         logging.warning(
             "Removed %s from %s: its write was cut short, so it never became a checkpoint.", name, model_dir
@@ -189,7 +201,7 @@ def set_aside(path: epath.Path, reason: str) -> str:
         path.rename(target)
         return f"{path} cannot be used and was moved to {target}: {reason}"
 
-    line = consensus.ask_first(move)
+    line = consensus.ask_first(_reaching(path.parent, move))
     logging.error(line)
     return line
 
@@ -228,7 +240,7 @@ def check_run_folder(model_dir: epath.PathLike, description: Mapping[str, str]) 
             raise RunFolderError(f"MODEL_DIR={model_dir} cannot be used as a run folder: {e}") from e
 
     make(folder)
-    consensus.ask_first(check)
+    consensus.ask_first(_reaching(folder, check))
 
 
 def _read_description(path: epath.Path) -> dict[str, str]:

@@ -54,7 +54,6 @@ def test_files_of_a_folder_that_a_later_start_has_taken_are_left_alone(store):
         raise RunFolderError("a later start")
 
     files = spool.Spool(places.place(URL), [METRICS], taken)
-    files.upload()  # Nothing has changed.
     (files.folder / METRICS).write_bytes(b"earlier\nlater\n")
     with pytest.raises(RunFolderError, match="a later start"):
         files.upload()
