@@ -1,4 +1,4 @@
-"""What a token cache was made from, and whether that is still so. Needs only gin, for the corpora's settings."""
+"""What a token cache was made from, and whether that is still so."""
 
 import hashlib
 import importlib.metadata

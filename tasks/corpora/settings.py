@@ -16,10 +16,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import gin
-from gin import config as gin_config
-
 from tasks.cache_files import CacheError
+
+try:
+    import gin
+    from gin import config as gin_config
+except ImportError:  # Reading a token cache needs no gin, and without it nothing is set by it.
+    gin = None
 
 VOCABULARY, VOCABULARY_VARIABLE = "corpora.vocabulary.name", "T5X_SSM_VOCABULARY"
 TFDS = "tfds:"
@@ -36,22 +39,23 @@ class CorpusError(CacheError):
     """A corpus that is not where it should be, or not what it should be; the message is for the user."""
 
 
-@gin.configurable("location", module="corpora")
 def _location(path: str) -> None:
     """What gin may set of a corpus; `bound` reads it."""
 
 
-@gin.configurable("vocabulary", module="corpora")
 def _vocabulary(name: str) -> None:
     """What gin may set of the vocabulary; `bound` reads it."""
 
 
-@gin.configurable("rates", module="corpora")
 def _rates(books: float, code: float, mathematics: float, temperature: float) -> None:
     """What gin may set of the rates; `bound` reads it."""
 
 
-_SELECTORS = ("corpora.location", "corpora.vocabulary", "corpora.rates")
+_LOCATION = "corpora.location"
+_DECLARED = {_LOCATION: _location, "corpora.vocabulary": _vocabulary, "corpora.rates": _rates}
+if gin is not None:
+    for _selector, _function in _DECLARED.items():
+        gin.configurable(_selector)(_function)
 
 
 def variable(corpus: str) -> str:
@@ -65,6 +69,8 @@ def bound(parameter: str, default: Any = None) -> Any:
     It is looked up and not called for: gin writes what is called into a run's configuration, which then could only be read
     where these modules have been imported.
     """
+    if gin is None:
+        return default
     try:
         return copy.deepcopy(gin.query_parameter(parameter))  # A copy of a reference to a macro is the macro's value.
     except ValueError:
@@ -87,7 +93,9 @@ def is_place(parameter: str) -> bool:
 
 def set_in_gin() -> list[tuple[str, str]]:
     """(scope, selector) of all that gin sets here."""
-    return [key for key, bindings in gin_config._CONFIG.items() if key[1] in _SELECTORS and bindings]
+    if gin is None:
+        return []
+    return [key for key, bindings in gin_config._CONFIG.items() if key[1] in _DECLARED and bindings]
 
 
 def given() -> dict[str, Any]:
@@ -103,7 +111,7 @@ def given() -> dict[str, Any]:
 def check(names: Sequence[str] = NAMES) -> None:
     """Raises CorpusError, with the nearest names, if gin sets the place of something that is no corpus."""
     for scope, selector in set_in_gin():
-        if selector == "corpora.location" and scope not in names:
+        if selector == _LOCATION and scope not in names:
             near = difflib.get_close_matches(scope, names, n=3, cutoff=0.5) or sorted(names)
             raise CorpusError(f"{scope}{_PLACE} is set, but no corpus is named {scope!r}. There is {', '.join(near)}.")
 
