@@ -76,6 +76,6 @@ setuptools.setup(
             "ruff>=0.8",
             "safetensors>=0.4.5,<1",
         ],
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12", GCS],  # hosts of a pod share no disk
     },
 )

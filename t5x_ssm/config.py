@@ -224,8 +224,9 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> None:
     """Runs an entry point: mistakes of the user end with a message and status 2, everything else with a traceback and 1."""
     # Libraries have put a handler of their own on the root logger by now.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for library in ("absl", "jax", "orbax", "etils", "gcsfs", "fsspec"):
+    for library in ("absl", "jax", "orbax", "etils", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It logs what it then raises, and every try before.
     try:
         status = main(sys.argv[1:])
     except UserError as error:

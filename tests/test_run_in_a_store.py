@@ -105,3 +105,20 @@ def test_two_processes_share_a_run(store, training_caches, reference, tmp_path):
     losses = {line["step"]: line["loss"] for line in found}
     for line in expected[-3:]:
         assert losses[line["step"]] == pytest.approx(line["loss"], rel=1e-3)
+
+
+@pytest.mark.nightly
+def test_a_start_that_a_later_one_has_overtaken_leaves(store, training_caches, tmp_path):
+    environment = training_caches | store.environment | HASTE
+    # Too long to end by itself.
+    given = arguments(URL, **SETTINGS | {"TRAIN_STEPS": 100_000, "EVAL_PERIOD": 0})
+    first = Command(given, log=tmp_path / "first.txt", **environment)
+    assert first.until(lambda: max(committed(store), default=0) >= 2), first.text()
+    store.write(f"{PREFIX}run.lock", b"process 1 on elsewhere\n")
+    newest = max(committed(store))
+    status, text = first.finish()
+    assert status == 2
+    assert "A later start trains in MODEL_DIR=gs://bucket/run (process 1 on elsewhere)" in text.splitlines()[-1]
+    assert store.objects[f"{PREFIX}run.lock"] == b"process 1 on elsewhere\n"
+    # A save may have begun before.
+    assert max(committed(store)) <= newest + 2

@@ -1,7 +1,7 @@
 """Token caches in object stores, held against the same cache in a folder; the store is fsspec's own in memory."""
 
-import importlib.util
 import json
+import sys
 import uuid
 from typing import ClassVar
 
@@ -9,6 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry as known_stores
 from token_caches import write_labelled, write_mixture
 
 from t5x_ssm.data.feed import DatasetConfig, open_evaluation, open_feed
@@ -157,8 +158,11 @@ def test_a_store_without_a_cache_or_access(here, failing, url):
         cache.find(NAME, "nowhere://bucket")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is here")
-def test_a_missing_package_is_named_before_any_work(here):
+def test_a_missing_package_is_named_before_any_work(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    # fsspec remembers what it has found.
+    for name in ("gs", "gcs"):
+        monkeypatch.delitem(known_stores, name, raising=False)
     with pytest.raises(cache.CacheError, match=r"gs://bucket/caches: Please install gcsfs.*t5x_ssm\[gcs\]"):
         cache.build(NAME, "gs://bucket/caches")
 
