@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import report, tpu_target
-from launch import hlo
+from launch import costs, hlo
 from t5x_ssm.ssm import multi_input
 
 BATCH, CHANNELS, MODES = 4, 256, 128
@@ -46,7 +46,7 @@ def compiled(length: int, device, kernel: bool) -> dict:
     program = lowered.compile()
     text = program.as_text()
     return {
-        "hbm_MiB": hlo.costs(text, {}).hbm_bytes / 2**20,
+        "hbm_MiB": costs.of_program(text, {}).hbm_bytes / 2**20,
         "temporary_MiB": program.memory_analysis().temp_size_in_bytes / 2**20,
         "operations_one_after_another": sum(times for _, times, fused in hlo.Program(text).run() if not fused),
     }

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import report
-from launch import hlo
+from launch.costs import of_program
 from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.dss import DSS
 from t5x_ssm.layers.gss import GSS
@@ -85,7 +85,7 @@ def work(layer, mesh) -> dict[str, float]:
             params = placed(params, rules.parameter_shardings(params, variables["params_axes"], mesh))
             x = placed(x, rules.batch_sharding(mesh, 3))
             text, axes = jax.jit(gradient).lower(params, x).compile().as_text(), mesh.shape
-    costs = hlo.costs(text, axes)
+    costs = of_program(text, axes)
     sent = sum(collective.bytes for collective in costs.collectives)
     return {"flops": costs.flops, "bytes": costs.hbm_bytes, "sent_bytes": sent}
 

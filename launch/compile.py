@@ -23,7 +23,7 @@ from typing import Any
 import gin
 import jax
 
-from launch import chips, hlo, roofline
+from launch import chips, costs, roofline
 from t5x_ssm import config as config_lib
 from t5x_ssm.errors import UserError
 from t5x_ssm.parallel import mesh as mesh_lib
@@ -138,7 +138,7 @@ def make_plan(program: Program) -> dict[str, Any]:
     seconds = program.seconds + time.monotonic() - start
     cpu_seconds = program.cpu_seconds + time.process_time() - cpu_start
 
-    costs = hlo.costs(compiled.as_text(), mesh.shape)
+    work = costs.of_program(compiled.as_text(), mesh.shape)
     memory = compiled.memory_analysis()
     state = program.trainer.abstract_state
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -152,7 +152,7 @@ def make_plan(program: Program) -> dict[str, Any]:
     shape = batch.get("encoder_input_tokens", batch["decoder_input_tokens"]).shape
     tokens = shape[0] * shape[1]
     needed = roofline.model_flops(run["model"].network, state.params, batch) / mesh.size
-    times = roofline.step_seconds(costs, chip)
+    times = roofline.step_seconds(work, chip)
     return {
         "mesh": dict(mesh.shape),
         "devices": mesh.size,
@@ -167,10 +167,10 @@ def make_plan(program: Program) -> dict[str, Any]:
             "hbm": chip.hbm_bytes,
         },
         "hbm_free": 1 - used / chip.hbm_bytes,
-        "flops": {"model": needed, "program": costs.flops, "program_times_passes": costs.passes_flops},
-        "hbm_traffic_bytes": costs.hbm_bytes,
-        "collectives": [dataclasses.asdict(collective) for collective in costs.collectives],
-        "unknown_loops": list(costs.unknown_loops),
+        "flops": {"model": needed, "program": work.flops, "program_times_passes": work.passes_flops},
+        "hbm_traffic_bytes": work.hbm_bytes,
+        "collectives": [dataclasses.asdict(collective) for collective in work.collectives],
+        "unknown_loops": list(work.unknown_loops),
         "predicted": {
             "seconds": times,
             "bound_by": max(("compute", "hbm", "interconnect", "network"), key=times.get),

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from launch.chips import Chip
-from launch.hlo import BETWEEN_SLICES, Costs
+from launch.costs import BETWEEN_SLICES, Costs
 from t5x_ssm.errors import UserError
 from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.spade import Spade

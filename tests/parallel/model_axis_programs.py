@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import draw, jit, shapes
 
-from launch import hlo
+from launch import costs, hlo
 from t5x_ssm.layers import dot_product
 from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.dss import DSS
@@ -74,8 +74,8 @@ def collectives(text, mesh):
     """By mesh axes, a counter of (kind, dimensions of an array that is sent); without scalars, which the test's loss is."""
     found = collections.defaultdict(collections.Counter)
     for instruction, times, _ in hlo.Program(text).run():
-        if instruction.opcode in hlo.COLLECTIVES:
-            axes, size = hlo.replica_axes(instruction.attributes, mesh.shape)
+        if instruction.opcode in costs.COLLECTIVES:
+            axes, size = costs.replica_axes(instruction.attributes, mesh.shape)
             if size > 1:
                 for array in (array for array in instruction.arrays if array.dims):
                     found[axes][instruction.opcode, array.dims] += times

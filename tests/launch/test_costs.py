@@ -1,18 +1,18 @@
-"""What the HLO reader counts, against programs small enough to count by hand."""
+"""What is read from HLO, against programs small enough to count by hand."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import hlo
+from launch import costs
 
 MESH = {"data": 2, "fsdp": 4, "sequence": 1, "model": 2}
 
 
 def costs_of(function, *shapes):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return hlo.costs(jax.jit(function).lower(*arguments).compile().as_text(), {"data": 1})
+    return costs.of_program(jax.jit(function).lower(*arguments).compile().as_text(), {"data": 1})
 
 
 def test_products_in_nested_loops_count_as_often_as_they_run():
@@ -52,7 +52,7 @@ def test_precision_multiplies_passes_of_float32_alone():
         ("f32", ", operand_precision={highest,highest}", 6),
         ("bf16", ", operand_precision={highest,highest}", 1),
     ]:
-        found = hlo.costs(wrapped(line("d", type, precision), ""), {"data": 1})
+        found = costs.of_program(wrapped(line("d", type, precision), ""), {"data": 1})
         assert (found.flops, found.passes_flops) == (one, passes * one), (type, precision)
 
 
@@ -76,7 +76,7 @@ def test_convolutions_count_real_elements(lhs, rhs, out, labels, window, pairs):
         f"  %a = bf16[{lhs}] parameter(0)\n  %b = bf16[{rhs}] parameter(1)\n"
         f"  ROOT %c = bf16[{out}] convolution(%a, %b), window={{{window}}}, dim_labels={labels}"
     )
-    assert hlo.costs(wrapped(body, ""), {"data": 1}).flops == 2 * 6 * 4 * 5 * pairs
+    assert costs.of_program(wrapped(body, ""), {"data": 1}).flops == 2 * 6 * 4 * 5 * pairs
 
 
 def test_convolutions_of_jax_count_what_their_definition_sums():
@@ -108,7 +108,7 @@ def test_convolutions_of_jax_count_what_their_definition_sums():
     ],
 )
 def test_groups_are_named_by_mesh_axes(attributes, axes, size):
-    assert hlo.replica_axes(attributes, MESH) == (axes, size)
+    assert costs.replica_axes(attributes, MESH) == (axes, size)
 
 
 def test_collectives_in_loops_and_the_larger_of_input_and_output():
@@ -133,7 +133,7 @@ def test_collectives_in_loops_and_the_larger_of_input_and_output():
   %y = f32[8]{0} get-tuple-element(%w), index=1
   %r = (f32[8]{0}, f32[4]{0}) all-reduce(%y, %z), replica_groups={{0,8},{1,9}}, to_apply=%add
   ROOT %alone = f32[] all-reduce(%q), replica_groups={{0},{1}}, to_apply=%add"""
-    found = hlo.costs(wrapped(body, "", computations), MESH)
+    found = costs.of_program(wrapped(body, "", computations), MESH)
     assert [(c.kind, c.axes, c.count, c.bytes, c.group_size) for c in found.collectives] == [
         ("all-gather", "fsdp", 11, 11 * 32 * 4, 4),
         ("all-reduce", "data", 1, 12 * 4, 2),
@@ -164,7 +164,7 @@ def test_memory_traffic_takes_slices_for_what_they_take_and_skips_the_chips_own_
   ROOT %sum = f32[] negate(%new)"""
     row = 100 * 4
     slice_, add, update, negate = 2 * row, 2 * row, row, 10 * row + 4
-    assert hlo.costs(wrapped(body, "", computations), {"data": 1}).hbm_bytes == slice_ + add + update + negate
+    assert costs.of_program(wrapped(body, "", computations), {"data": 1}).hbm_bytes == slice_ + add + update + negate
 
 
 def test_what_is_handed_to_the_network_counts_once_and_as_often_as_it_is_sent():
@@ -180,8 +180,8 @@ def test_what_is_handed_to_the_network_counts_once_and_as_often_as_it_is_sent():
   %r = (bf16[8,128]{{1,0}}, u32[], token[]) recv(%t), channel_id=2, {attributes}
   %n = (bf16[8,128]{{1,0}}, u32[], token[]) send(%p, %t), channel_id=3
   ROOT %zero = f32[] constant(0)"""
-    (found,) = hlo.costs(wrapped(body, "p: bf16[8,128]"), MESH).collectives
-    assert found == hlo.Collective(
+    (found,) = costs.of_program(wrapped(body, "p: bf16[8,128]"), MESH).collectives
+    assert found == costs.Collective(
         "all-reduce", "slices", count=1, bytes=2 * 8 * 128, largest=2 * 8 * 128, group_size=4
     )
 
@@ -201,7 +201,7 @@ def test_kernels_count_what_their_scope_says():
         f"{body}{line.format(i='fwd', scope='another')}}}\n"
     )
     # Three of four blocks of 128 x 128; 2 x 4 x 3 heads of width 8; 2, 3 and 4 products of 2 FLOPs a pair.
-    assert hlo.costs(text, MESH).flops == 2 * (2 + 3 + 4) * (3 * 128**2) * (2 * 4 * 3) * 8
+    assert costs.of_program(text, MESH).flops == 2 * (2 + 3 + 4) * (3 * 128**2) * (2 * 4 * 3) * 8
 
 
 def test_a_collective_that_goes_on_behind_several_fusions_is_one():
@@ -232,7 +232,7 @@ def test_a_collective_that_goes_on_behind_several_fusions_is_one():
             "}\n"
         )
     )
-    found = hlo.costs(text, MESH)
+    found = costs.of_program(text, MESH)
     (gather,) = found.collectives
     assert (gather.kind, gather.axes, gather.count, gather.bytes) == ("all-gather", "fsdp+model", 1, 8 * 8 * 2)
     # Twice 16 numbers are read and written, and what was gathered is written once.
