@@ -5,7 +5,7 @@ import json
 import pytest
 from object_store import ObjectStore
 from stored_runs import stored
-from training_command import Command, arguments, run
+from training_command import ROOT, Command, arguments, run
 
 from t5x_ssm.training.metrics import history
 
@@ -14,14 +14,17 @@ URL, PREFIX = "gs://bucket/run", "bucket/run/"
 SETTINGS = {
     "TRAIN_STEPS": STEPS,
     "EVAL_STEPS": None,
-    "EVAL_PERIOD": 25,
+    "EVAL_PERIOD": 0,
     "trainer__TrainerConfig__log_period": 7,
     "trainer__TrainerConfig__tensorboard": True,
     "checkpoints__SaveCheckpointConfig__period": 2,
     "checkpoints__SaveCheckpointConfig__keep": 2,
 }
-# Compiled in haste, as in `tiny.jit`.
-HASTE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+# Compiled in haste, as in `tiny.jit`, and once for all commands.
+HASTE = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,11 @@ def copied(store, folder):
 
 @pytest.mark.slow
 def test_killed_and_started_again_it_is_the_run_of_a_folder(store, training_caches, reference, tmp_path):
-    environment = training_caches | store.environment | HASTE
+    # A TensorFlow that is found, and cannot be imported: it must not be what reaches the store.
+    broken = tmp_path / "path" / "tensorflow"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise SystemError('a run needs no TensorFlow')")
+    environment = training_caches | store.environment | HASTE | {"PYTHONPATH": f"{broken.parent}:{ROOT}"}
     given = arguments(URL, **SETTINGS)
     first = Command(given, log=tmp_path / "first.txt", **environment)
     assert first.until(lambda: max(committed(store), default=0) >= 8), first.text()
@@ -111,7 +118,7 @@ def test_two_processes_share_a_run(store, training_caches, reference, tmp_path):
 def test_a_start_that_a_later_one_has_overtaken_leaves(store, training_caches, tmp_path):
     environment = training_caches | store.environment | HASTE
     # Too long to end by itself.
-    given = arguments(URL, **SETTINGS | {"TRAIN_STEPS": 100_000, "EVAL_PERIOD": 0})
+    given = arguments(URL, **SETTINGS | {"TRAIN_STEPS": 100_000})
     first = Command(given, log=tmp_path / "first.txt", **environment)
     assert first.until(lambda: max(committed(store), default=0) >= 2), first.text()
     store.write(f"{PREFIX}run.lock", b"process 1 on elsewhere\n")
