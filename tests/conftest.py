@@ -31,3 +31,22 @@ def training_caches(tmp_path_factory):
     (root / "tokens").mkdir()
     write_corpus(root / "tokens")
     return {"T5X_SSM_CACHE_DIR": root / "tokens", "JAX_COMPILATION_CACHE_DIR": root / "xla"}
+
+
+@pytest.fixture(scope="session")
+def running_store():
+    """One object store for all tests of a process: Orbax and TensorStore remember where they found a bucket."""
+    from object_store import ObjectStore
+
+    with ObjectStore() as found:
+        yield found
+
+
+@pytest.fixture
+def store(running_store, monkeypatch):
+    """An empty object store that answers for gs://bucket in this process."""
+    for name, value in running_store.environment.items():
+        monkeypatch.setenv(name, value)
+    running_store.objects.clear()
+    running_store.forbidden = ()
+    return running_store

@@ -167,3 +167,25 @@ def test_a_public_h3_file_becomes_a_run_folder(tmp_path):
     expected = state["backbone.layers.0.mixer.Wqkv.weight"][4:8].T
     np.testing.assert_array_equal(found.arrays["decoder/segment_0/block_0/mixer/key/kernel"][0], expected)
     assert sum(array.size for array in found.arrays.values()) == sum(array.size for array in state.values())
+
+
+def test_models_come_out_of_an_object_store_and_go_back(run, store, tmp_path):
+    import safetensors.numpy
+
+    folder, saved = run
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.write(f"bucket/run/{path.relative_to(folder)}", path.read_bytes())
+    export.main(["--model_dir=gs://bucket/run", f"--output_dir={tmp_path}/out"])
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert all(np.array_equal(stored[name], array) for name, array in saved[8].items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["network"]["decoder.Decoder.embed_dim"] == "4"
+
+    export.main([f"--input_dir={tmp_path}/out", "--output_dir=gs://bucket/back"])
+    average.main(["--checkpoints=gs://bucket/back,gs://bucket/run/checkpoint_3", "--output_dir=gs://bucket/mean"])
+    arrays, _ = restored("gs://bucket/mean")
+    for name in SHAPES:
+        np.testing.assert_allclose(arrays[name], (saved[8][name] + saved[3][name]) / 2, rtol=1e-6)
+    assert store.objects["bucket/mean/config.gin"] == (folder / "config.gin").read_bytes()
+    with pytest.raises(UserError, match="--output_dir = 'gs://bucket/out': give a folder of a file system"):
+        export.main(["--model_dir=gs://bucket/run", "--output_dir=gs://bucket/out"])
