@@ -26,6 +26,7 @@ from tasks.cache_files import (
     FEATURE,
     FORMAT,
     LABELLED_FEATURES,
+    PAIR_FEATURES,
     CacheError,
     check,
     digest,
@@ -118,8 +119,9 @@ def build(
     """Makes what is missing of a task's or mixture's cache.
 
     Args:
-      name: a registered seqio task or mixture whose only feature is `targets`, or of labelled tasks (see
-        `tasks.cache_files`), whose `targets` have a `seqio.PassThroughVocabulary` of as many ids as there are classes.
+      name: a registered seqio task or mixture whose only feature is `targets`; or of tasks of pairs, `inputs` and `targets` in
+        one vocabulary; or of labelled tasks (see `tasks.cache_files`), whose `targets` have a `seqio.PassThroughVocabulary`
+        of as many ids as there are classes.
       cache_dir: where caches lie, a folder or the URL of a store; `default_cache_dir()` if None.
       modules: modules whose import registers tasks; `tasks` stands for all of this package's.
       processes: how many work at once; above 1, `modules` have to register the tasks in each.
@@ -158,7 +160,7 @@ def build(
             raise CacheError(f"Task {task.name!r} has rate {rate} in mixture {name!r}; a rate must be positive.")
         texts = _text_features(task)
         found = vocabularies.describe(task.output_features[texts[0]].vocabulary)
-        if texts != (FEATURE,):
+        if FEATURE not in texts:
             found["classes"] = int(task.output_features[FEATURE].vocabulary.vocab_size)
         vocabulary = vocabulary or found
         if found["hash"] != vocabulary["hash"]:
@@ -174,6 +176,7 @@ def build(
             "source": source,
             "preprocessors": [_describe_callable(p) for p in task.preprocessors],
             "vocabulary": found["hash"],
+            **({"texts": texts} if texts == PAIR_FEATURES else {}),
         }
         directory = cache_writer.build_task(
             task,
@@ -199,18 +202,33 @@ def build(
 
 
 def _text_features(task: "seqio.Task") -> tuple[str, ...]:
-    """The features whose documents are cached: `targets` of a language-model task, the inputs of a labelled one."""
+    """The features whose documents are cached: `targets` of a language-model task, the inputs of a labelled one, and both of a
+    task of pairs."""
     import seqio
+
+    from tasks import vocabularies
 
     features = task.output_features
     if set(features) == {FEATURE}:
         return (FEATURE,)
+    of_text = not isinstance(features[FEATURE].vocabulary, seqio.PassThroughVocabulary)
+    if set(features) == set(PAIR_FEATURES) and of_text:
+        if not task.supports_caching:
+            raise CacheError(
+                f"Task {task.name!r} has no seqio.CacheDatasetPlaceholder among its preprocessors, and is not to be cached."
+            )
+        inputs, targets = (vocabularies.describe(features[name].vocabulary) for name in PAIR_FEATURES)
+        if inputs["hash"] != targets["hash"]:
+            raise CacheError(
+                f"The inputs and targets of {task.name!r} differ in their vocabularies: {inputs} and {targets}."
+            )
+        return PAIR_FEATURES
     for texts in LABELLED_FEATURES:
-        if set(features) == {*texts, FEATURE} and isinstance(features[FEATURE].vocabulary, seqio.PassThroughVocabulary):
+        if set(features) == {*texts, FEATURE} and not of_text:
             return texts
     raise CacheError(
         f"Task {task.name!r} has the features {sorted(features)}; the token cache holds language-model tasks, whose only "
-        f"feature is {FEATURE!r}, and labelled ones. Train on it with DatasetConfig.source='seqio'."
+        f"feature is {FEATURE!r}, pairs of texts, {' and '.join(PAIR_FEATURES)}, and labelled ones. Train on it with DatasetConfig.source='seqio'."
     )
 
 

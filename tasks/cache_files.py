@@ -11,7 +11,8 @@
     DIR/NAME/FINGERPRINT.json                          a mixture (or a task alone): its tasks, rates and vocabulary
 
 The stream of a split is that of its shards, one after the other. A labelled task has class ids as `targets` and its texts
-(tokens, pixels, …) as `inputs`, or for pairs `inputs` and `inputs2`: these are its documents, one or two an example.
+(tokens, pixels, …) as `inputs`, or for pairs `inputs` and `inputs2`: these are its documents, one or two an example. A task of pairs has texts as `inputs` and as
+`targets`, two documents an example, and no labels.
 """
 
 import hashlib
@@ -26,6 +27,8 @@ FORMAT = 2
 FEATURE = "targets"
 # Of labelled tasks: the features whose documents are classified together.
 LABELLED_FEATURES = (("inputs",), ("inputs", "inputs2"))
+# Of tasks of pairs: the features whose documents belong together, the manifest's `texts`.
+PAIR_FEATURES = ("inputs", "targets")
 LABELS_FILE = "labels.npy"
 TOKENS, MANIFEST = "tokens.bin", "manifest.json"
 DATA_FILES = (TOKENS, "offsets.npy", "bytes.npy")

@@ -48,7 +48,7 @@ def build_task(
     """Makes DIR/TASK/FINGERPRINT unless it is there, and returns it.
 
     Args:
-      task: a seqio task whose only feature is `targets`, or a labelled one.
+      task: a seqio task whose only feature is `targets`, one of pairs, or a labelled one.
       cache_dir: where caches lie.
       identity: what the contents depend on; its digest is the fingerprint.
       vocabulary: description of the vocabulary.
@@ -56,7 +56,7 @@ def build_task(
       prepare: picklable; registers the task in such an interpreter.
       published: {split: {'documents', 'words'}} of the published corpus; where the documents agree, the words are
         recorded.
-      texts: the features whose documents are cached; others than `targets` make it a labelled task.
+      texts: the features whose documents are cached; without `targets` among them it is a labelled task.
 
     Raises:
       CacheError: for tokens or classes outside the vocabulary, or an existing cache that is damaged.
@@ -174,14 +174,14 @@ def write_shard(
         np.save(temporary / "offsets.npy", np.frombuffer(offsets, np.int64))
         np.save(temporary / "bytes.npy", np.array(lengths, np.int64))
         files = DATA_FILES
-        if texts != (FEATURE,):
+        if FEATURE not in texts:
             files = (*DATA_FILES, cache_files.LABELS_FILE)
             np.save(temporary / cache_files.LABELS_FILE, np.array(labels, np.int64))
         shard = {
             "documents": len(lengths),
             "tokens": offsets[-1],
             "bytes": sum(lengths),
-            "counts": dict(sorted(counts.items())) if counts else {},
+            "counts": _counted(task, split),
             "files": {
                 name: {"size": (temporary / name).stat().st_size, "sha256": cache_files.sha256(temporary / name)}
                 for name in files
@@ -200,6 +200,14 @@ def write_shard(
         return shard
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _counted(task: "seqio.Task", split: str) -> dict[str, int]:
+    """What the task's source met in the reading of a shard, if it can tell; see `corpora.source` and `pairs.source`."""
+    source = getattr(task, "source", None)
+    left_out = getattr(source, "left_out", None)
+    counts = left_out(split) if left_out is not None else getattr(source, "counts", None)
+    return dict(sorted(counts.items())) if counts else {}
 
 
 def documents(task: "seqio.Task", split: str, index: int = 0, count: int = 1) -> Iterator[tuple[np.ndarray, int]]:
@@ -233,7 +241,7 @@ def _documents(
             raise (getattr(task.source, "failure", None) or error) from None
         if example is None:
             return
-        label = None if texts == (FEATURE,) else example[FEATURE]
+        label = None if FEATURE in texts else example[FEATURE]
         for feature in texts:
             tokens = example[feature]
             text = example.get(f"{feature}_pretokenized")

@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+from stored_runs import stored
 from token_caches import write_mixture
 
 from t5x_ssm import eval as evaluation
@@ -13,6 +14,7 @@ from t5x_ssm.errors import UserError
 from t5x_ssm.training import restoring
 from t5x_ssm.training.checkpoints import RestoreCheckpointConfig
 from t5x_ssm.training.metrics import history
+from tasks import cache
 
 # A summary is the document's first word.
 WORDS = ("amber", "birch", "cedar", "denim", "ebony", "flint")
@@ -135,6 +137,33 @@ def test_an_encoder_decoder_from_span_corruption_to_summaries(tmp_path):
     assert found["tokens"] == 24 * 6 and found["accuracy"] >= 0.95
     held_out = history(tuned / "metrics.jsonl", "validation/summarization")[-1]
     np.testing.assert_allclose(held_out["nats_per_token"], found["nats_per_token"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_packed_pairs_from_a_cache_alone_in_two_starts(tmp_path, monkeypatch, capsys):
+    """The cache is made first; then the folder of texts is no longer known. Two starts are bit by bit as one."""
+    monkeypatch.setenv("T5X_SSM_CACHE_DIR", str(tmp_path / "caches"))
+    cache.main(["--mixture=summarization"])
+    # A document and a summary of each record.
+    assert "800 documents" in next(line for line in capsys.readouterr().out.splitlines() if " train " in line)
+    monkeypatch.delenv("T5X_SSM_SUMMARIZATION")
+    settings = {
+        "INITIAL_CHECKPOINT_PATH": None,
+        "MIXTURE_OR_TASK_NAME": "summarization",
+        "TASK_FEATURE_LENGTHS": {"inputs": 60, "targets": 14},
+        "SOURCE": "cache",
+        "PACK": True,
+        "BATCH_SIZE": 4,
+    }
+    files = ("networks/spade_tiny", "optimizers/adamw_cosine", "runs/finetune_pairs")
+    for name, starts in (("whole", (4,)), ("parted", (2, 4))):
+        for steps in starts:
+            run(files, SPADE | COMMON | settings | {"MODEL_DIR": tmp_path / name, "TRAIN_STEPS": steps})
+    found, expected = (stored(tmp_path / name, 4) for name in ("parted", "whole"))
+    assert len(expected["arrays"]) > 20 and found == expected
+    last = history(tmp_path / "whole" / "metrics.jsonl", "train")[-1]
+    # Six bytes a summary: two of them fit into 14, and two documents of 29 bytes into 60.
+    assert last["tokens_total"] == 4 * 4 * 2 * 6 and (last["data/cut_inputs"], last["data/cut_targets"]) == (0, 0)
 
 
 @pytest.mark.nightly

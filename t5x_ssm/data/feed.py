@@ -9,17 +9,14 @@ Evaluation feeds are those of `t5x_ssm.data.evaluation_feeds`.
 
 import dataclasses
 import functools
-import logging
 import os
-import pathlib
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from t5x_ssm.data import encoder_decoder, sources
+from t5x_ssm.data import encoder_decoder, made_cache, sources
+from t5x_ssm.data.cached_pairs import CachedPairs, PairsFeed
 from t5x_ssm.data.classification import ClassificationEvaluation, ClassificationFeed, LabelledExamples
 from t5x_ssm.data.encoder_decoder import EncoderDecoderObjective
 from t5x_ssm.data.evaluation_feeds import EncoderDecoderEvaluation, EvaluationFeed
@@ -29,15 +26,11 @@ from t5x_ssm.data.prefetch import PrefetchedFeed
 from t5x_ssm.data.reading import for_the_user
 from t5x_ssm.data.sources import Batch
 from t5x_ssm.errors import DataError
-from tasks import cache
-from tasks.corpora import settings
-
-logger = logging.getLogger(__name__)
 
 INPUTS_2 = "inputs2"
-CLASSIFICATION = "classification"
+CLASSIFICATION, SEQUENCE_TO_SEQUENCE = "classification", "sequence_to_sequence"
 # Of a decoder; of an encoder-decoder over a stream of text; of one over tasks with inputs and targets; of a classifier.
-OBJECTIVES = ("language_model", *encoder_decoder.OBJECTIVES, "sequence_to_sequence", CLASSIFICATION)
+OBJECTIVES = ("language_model", *encoder_decoder.OBJECTIVES, SEQUENCE_TO_SEQUENCE, CLASSIFICATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +47,15 @@ class DatasetConfig:
       seed: seed of the shuffling; None takes the run's.
       pack: whether documents inside a row are told apart by segment ids and positions. With source='cache', rows are
         always full windows of the concatenated documents, and pack=False makes each one running text; with
-        source='seqio', pack=False gives each document (or piece of one) a padded row of its own, as in T5X.
+        source='seqio', pack=False gives each document (or piece of one) a padded row of its own, as in T5X. Of pairs of
+        inputs and targets, pack=True has as many in a row as fit, and pack=False one, from either source.
       use_cached: whether a live pipeline reads seqio's own offline cache; not for source='cache'.
       module: a module to import for its registrations, when seqio is needed at all. Deprecated in T5X, where gin
         files import modules.
       source: 'cache' (the token cache, made if it is missing) or 'seqio' (the live pipeline).
       cache_dir: where token caches lie, a folder or the URL of a store (gs://…); None means `tasks.cache.default_cache_dir()`.
       objective: 'language_model' for decoders. For encoder-decoders 'span_corruption' or 'prefix_lm' over a token cache
-        (see `t5x_ssm.data.encoder_decoder`), or 'sequence_to_sequence' for a live task with inputs and targets. For
+        (see `t5x_ssm.data.encoder_decoder`), or 'sequence_to_sequence' for a task with inputs and targets. For
         classifiers 'classification', of a task whose targets are class ids (see `t5x_ssm.data.classification`).
       noise_density, mean_span_length: part of the tokens that span corruption hides, and tokens in a span on average.
     """
@@ -120,6 +114,13 @@ def open_feed(
         identity["objective"] = CLASSIFICATION
         settings = {"seed": seed, "shuffle": config.shuffle, "batch_size": config.batch_size}
         feed: IndexedRows = ClassificationFeed(mixture, identity, **settings, **place)
+    elif _of_pairs(config):
+        lengths = dict(config.task_feature_lengths)
+        identity = _identity(mixture, config, seed, sum(lengths.values()))
+        identity |= {"lengths": lengths, "objective": config.objective}
+        settings = {"seed": seed, "shuffle": config.shuffle, "batch_size": config.batch_size, "pack": config.pack}
+        encoder = config.objective == SEQUENCE_TO_SEQUENCE
+        feed = PairsFeed(mixture, identity, encoder=encoder, **settings, **place)
     else:
         feed = IndexedFeed(mixture, config, seed=seed, **place)
     feed.counts, feed.made_from = mixture.counts, mixture.made_from
@@ -141,29 +142,35 @@ def open_evaluation(
     check_config(config, process_count)
     if config.shuffle:
         raise DataError("Evaluation reads a split once and in order: set DatasetConfig.shuffle=False for it.")
+    if _of_pairs(config) and config.pack:
+        raise DataError("Evaluation of pairs gives each a row of its own: set DatasetConfig.pack=False for it.")
     if config.source != "cache":
-        if INPUTS not in config.task_feature_lengths:
+        if not _of_pairs(config):
             raise DataError(
                 "Evaluation reads the token cache, which knows exact byte counts: set DatasetConfig.source='cache'."
             )
-        if config.pack:
-            raise DataError("Evaluation of pairs gives each a row of its own: set DatasetConfig.pack=False for it.")
         from t5x_ssm.data.live import held_out_pairs
 
         return held_out_pairs(config, process_index=process_index, process_count=process_count)
     with for_the_user():
         mixture = _open_cache(config, process_index, process_count, barrier)
+    place = {"process_index": process_index, "process_count": process_count}
+    if _of_pairs(config):
+        encoder = config.objective == SEQUENCE_TO_SEQUENCE
+        return {
+            pairs.task: PairsEvaluation(
+                *(pairs.task, mixture.vocabulary, pairs, pairs.lengths, config.batch_size), encoder=encoder, **place
+            )
+            for pairs in mixture.streams
+        }
     if config.objective == CLASSIFICATION:
-        place = {"process_index": process_index, "process_count": process_count}
         return {
             examples.task: ClassificationEvaluation(examples, mixture.vocabulary, config.batch_size, **place)
             for examples in mixture.streams
         }
     if objective := _objective(config, mixture.vocabulary):
         return {
-            stream.task: EncoderDecoderEvaluation(
-                stream, objective, config.batch_size, process_index=process_index, process_count=process_count
-            )
+            stream.task: EncoderDecoderEvaluation(stream, objective, config.batch_size, **place)
             for stream in mixture.streams
         }
     return {
@@ -173,8 +180,7 @@ def open_evaluation(
             batch_size=config.batch_size,
             segments=config.pack,
             vocabulary=mixture.vocabulary,
-            process_index=process_index,
-            process_count=process_count,
+            **place,
         )
         for stream in mixture.streams
     }
@@ -276,9 +282,8 @@ def check_config(config: DatasetConfig, process_count: int) -> None:
             f"DatasetConfig.objective must be one of {', '.join(OBJECTIVES)}, but it is {config.objective!r}."
         )
     if config.objective != "language_model":
-        wanted = "seqio" if config.objective == "sequence_to_sequence" else "cache"
-        if config.source != wanted:
-            raise DataError(f"DatasetConfig.objective={config.objective!r} needs DatasetConfig.source={wanted!r}.")
+        if config.source != "cache" and config.objective != SEQUENCE_TO_SEQUENCE:
+            raise DataError(f"DatasetConfig.objective={config.objective!r} needs DatasetConfig.source='cache'.")
         if config.objective == CLASSIFICATION:
             _check_classified(lengths)
         elif set(lengths) != {INPUTS, TARGETS}:
@@ -286,14 +291,14 @@ def check_config(config: DatasetConfig, process_count: int) -> None:
                 f"TASK_FEATURE_LENGTHS must have lengths for {INPUTS!r} and {TARGETS!r} with DatasetConfig.objective="
                 f"{config.objective!r}, but it is {lengths}."
             )
-        if config.pack and wanted == "cache":
+        if config.pack and config.objective != SEQUENCE_TO_SEQUENCE:
             raise DataError(
                 f"DatasetConfig.objective={config.objective!r} makes one example of a window: set DatasetConfig.pack=False."
             )
-    elif config.source == "cache" and len(lengths) > 1:
+    elif config.source == "cache" and not {TARGETS} <= set(lengths) <= {INPUTS, TARGETS}:
         raise DataError(
-            f"The token cache has only the feature {TARGETS!r}, but TASK_FEATURE_LENGTHS is {lengths}. Leave out the "
-            "others, or set DatasetConfig.source='seqio'."
+            f"The token cache has the feature {TARGETS!r}, or {INPUTS!r} and {TARGETS!r}, but TASK_FEATURE_LENGTHS is {lengths}. "
+            "Leave out the others, or set DatasetConfig.source='seqio'."
         )
     if config.source == "cache" and config.use_cached:
         raise DataError(
@@ -346,56 +351,26 @@ def check_vocabulary(
 def _open_cache(
     config: DatasetConfig, process_index: int, process_count: int, barrier: Callable[[], None] | None
 ) -> sources.CachedMixture:
-    name, cache_dir = config.mixture_or_task_name, config.cache_dir or cache.default_cache_dir()
-    path = cache.find(name, cache_dir)
-    if process_count > 1 and barrier is not None:
-        try:
-            if path is None and process_index == 0:
-                path = _make_cache(name, cache_dir, config.module)
-        finally:
-            # Also after a failure: the others would wait for ever. They fail in the same way.
-            barrier()
-        path = path or cache.find(name, cache_dir)
-    if path is None:
-        path = _make_cache(name, cache_dir, config.module)
+    place = {"process_index": process_index, "process_count": process_count, "barrier": barrier}
+    path = made_cache.find_or_make(config.mixture_or_task_name, config.cache_dir, config.module, **place)
+    lengths = config.task_feature_lengths
+    if _of_pairs(config):
+        open_pairs = functools.partial(CachedPairs, lengths=lengths)
+        return sources.CachedMixture(path, config.split, open_stream=open_pairs)
     if config.objective != CLASSIFICATION:
         return sources.CachedMixture(path, config.split)
-    open_examples = functools.partial(LabelledExamples, length=config.task_feature_lengths[INPUTS])
+    open_examples = functools.partial(LabelledExamples, length=lengths[INPUTS])
     mixture = sources.CachedMixture(path, config.split, open_stream=open_examples)
-    pairs = INPUTS_2 in config.task_feature_lengths
     for examples in mixture.streams:
-        if examples.pairs != pairs:
+        if examples.pairs != (INPUTS_2 in lengths):
             wanted = "pairs" if examples.pairs else "single sequences"
             raise DataError(
-                f"The examples of {examples.task!r} are {wanted}, but TASK_FEATURE_LENGTHS is "
-                f"{dict(config.task_feature_lengths)}."
+                f"The examples of {examples.task!r} are {wanted}, but TASK_FEATURE_LENGTHS is {dict(lengths)}."
             )
     return mixture
 
 
-def _make_cache(name: str, cache_dir: str | os.PathLike, module: str | None) -> pathlib.Path:
-    """Runs `tasks.cache`: here if the program has registered the task itself, else in a process of its own.
-
-    The other process keeps TensorFlow's memory, threads and claim on accelerators out of a training process.
-    """
-    logger.info("There is no token cache of %s in %s yet; making it (once).", name, cache_dir)
-    modules = ["tasks", module] if module else ["tasks"]
-    seqio = sys.modules.get("seqio")
-    if seqio and name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
-        return cache.build(name, cache_dir, modules=modules[1:])
-    command = [sys.executable, "-m", "tasks.cache", f"--mixture={name}", f"--cache_dir={cache_dir}"]
-    command += [f"--module={m}" for m in modules[1:]]
-    command += [f"--gin.{parameter}={value!r}" for parameter, value in settings.given().items()]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-        "JAX_PLATFORMS": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        if lines and lines[-1].startswith("tasks.cache: "):
-            raise DataError(lines[-1].removeprefix("tasks.cache: "))
-        raise RuntimeError(f"Making the token cache of {name} failed:\n{done.stderr}")
-    return pathlib.Path(done.stdout.strip().splitlines()[-1])
+def _of_pairs(config: DatasetConfig) -> bool:
+    """Whether the examples are an input and a target text each."""
+    of_decoder = config.objective == "language_model" and INPUTS in config.task_feature_lengths
+    return of_decoder or config.objective == SEQUENCE_TO_SEQUENCE

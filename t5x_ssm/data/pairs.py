@@ -15,6 +15,8 @@ from t5x_ssm.data.token_stream import Batch
 from t5x_ssm.errors import DataError
 
 INPUTS, TARGETS = "inputs", "targets"
+# Ids of an input and of a target, int [n] and [m].
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 class PairsEvaluation(RowsInOrder):
@@ -24,7 +26,7 @@ class PairsEvaluation(RowsInOrder):
         self,
         task: str,
         vocabulary: dict[str, Any],
-        pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+        pairs: Sequence[Pair],
         lengths: Mapping[str, int],
         batch_size: int,
         *,
@@ -35,7 +37,7 @@ class PairsEvaluation(RowsInOrder):
         Args:
           task: its name.
           vocabulary: description of the vocabulary.
-          pairs: (inputs, targets) ids of every example, no longer than `lengths`; in memory.
+          pairs: every example, no longer than `lengths`.
           lengths: of `inputs` and `targets`.
           batch_size: rows over all processes.
           encoder: whether inputs are an encoder's, or the beginning of the decoder's text.
@@ -50,24 +52,58 @@ class PairsEvaluation(RowsInOrder):
         self._pairs, self._lengths, self._encoder = pairs, dict(lengths), encoder
 
     def _row(self, row: int) -> Batch:
-        nothing = np.zeros(0, np.int32)
-        inputs, targets = self._pairs[row] if row < len(self._pairs) else (nothing, nothing)
-        before = nothing if self._encoder else inputs
-        length = self._lengths[TARGETS] + (0 if self._encoder else self._lengths[INPUTS])
-        text = _padded(np.concatenate([before, targets]), length)
-        example = {
-            "decoder_input_tokens": np.concatenate([[0], text[:-1]], dtype=np.int32),
-            "decoder_target_tokens": text,
-            "decoder_loss_weights": _padded(np.repeat([0, 1], [len(before), len(targets)]), length),
-        }
-        if self._encoder:
-            example["encoder_input_tokens"] = _padded(inputs, self._lengths[INPUTS])
-        return example
+        taken = [self._pairs[row]] if row < len(self._pairs) else []
+        return pair_row(taken, self._lengths, encoder=self._encoder, packed=False)
 
 
-def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    row = np.zeros(length, np.int32)
-    row[: len(values)] = values
+def pair_row(pairs: Sequence[Pair], lengths: Mapping[str, int], *, encoder: bool, packed: bool) -> Batch:
+    """Pairs, one after the other, as a row.
+
+    Args:
+      pairs: they fit together.
+      lengths: of `inputs` and `targets`; a decoder's row is as long as both.
+      encoder: whether inputs are an encoder's, or the beginning of the decoder's text.
+      packed: whether segment ids, counted from 1, and positions tell the pairs apart.
+
+    Returns:
+      int32 arrays under the names of seqio's encoder-decoder or prefix-LM feature converter, [inputs] of the encoder and
+      [targets] of the decoder, or [inputs + targets]; padded with zeros.
+    """
+    before = [np.zeros(0, np.int32) if encoder else inputs for inputs, _ in pairs]
+    texts = [np.concatenate([own, targets]) for own, (_, targets) in zip(before, pairs, strict=True)]
+    length = lengths[TARGETS] + (0 if encoder else lengths[INPUTS])
+    row = _joined(texts, length)
+    shifted = np.concatenate([[0], row[:-1]], dtype=np.int32)
+    if packed:  # As seqio has it: 0 before each text, and after the last one no token of it.
+        shifted = _joined([np.concatenate([[0], text])[: len(text)] for text in texts], length)
+    weights = [np.arange(len(text)) >= len(own) for own, text in zip(before, texts, strict=True)]
+    example = {
+        "decoder_input_tokens": shifted,
+        "decoder_target_tokens": row,
+        "decoder_loss_weights": _joined(weights, length),
+    }
+    if packed:
+        example |= _places(texts, length, "decoder")
+    if encoder:
+        read = [inputs for inputs, _ in pairs]
+        example["encoder_input_tokens"] = _joined(read, lengths[INPUTS])
+        if packed:
+            example |= _places(read, lengths[INPUTS], "encoder")
+    return example
+
+
+def _places(texts: Sequence[np.ndarray], length: int, side: str) -> Batch:
+    segments = [np.full(len(text), number) for number, text in enumerate(texts, 1)]
+    positions = [np.arange(len(text)) for text in texts]
+    return {f"{side}_segment_ids": _joined(segments, length), f"{side}_positions": _joined(positions, length)}
+
+
+def _joined(parts: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """The parts one after the other, padded with zeros: int32 [length]."""
+    row, at = np.zeros(length, np.int32), 0
+    for part in parts:
+        row[at : at + len(part)] = part
+        at += len(part)
     return row
 
 

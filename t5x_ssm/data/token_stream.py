@@ -32,6 +32,10 @@ class TokenStream:
         """
         manifest = cache_files.check(directory, checksums=checksums)
         self.task: str = manifest["task"]
+        if "texts" in manifest:
+            raise DataError(
+                f"The token cache of {self.task!r} holds pairs: give TASK_FEATURE_LENGTHS for each of {manifest['texts']}."
+            )
         self.num_bytes: int = manifest["bytes"]
         self.num_words: int | None = manifest.get("words")
         counts = manifest.get("counts", {})

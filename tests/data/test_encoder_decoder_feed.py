@@ -143,7 +143,7 @@ def test_evaluation_is_the_same_every_time_and_whole(config):
         ({"pack": True}, "set DatasetConfig.pack=False"),
         ({"task_feature_lengths": {"targets": 8}}, "must have lengths for 'inputs' and 'targets'"),
         ({"source": "seqio"}, "needs DatasetConfig.source='cache'"),
-        ({"objective": "sequence_to_sequence"}, "needs DatasetConfig.source='seqio'"),
+        ({"objective": "sequence_to_sequence"}, "does not hold pairs of 'inputs' and 'targets'"),
         ({"objective": "denoising"}, "must be one of language_model, span_corruption"),
         ({"noise_density": 1.5}, "noise_density must lie between 0 and 1"),
         ({"task_feature_lengths": {"inputs": 24, "targets": 2}}, r"\['targets'\] = 2 is too short"),

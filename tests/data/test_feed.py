@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from t5x_ssm.data import feed as feed_lib
+from t5x_ssm.data import made_cache
 from t5x_ssm.data.feed import DatasetConfig
 from t5x_ssm.data.prefetch import Prefetcher
 from tasks import cache
@@ -235,7 +236,8 @@ def test_settings_that_cannot_be_followed_are_named(config):
     for lengths, text in [
         ({"targets": 0}, "positive integer, but it is 0"),
         ({"targets": 8.0}, r"positive integer, but it is 8\.0"),
-        ({"targets": 8, "inputs": 8}, "only the feature 'targets'"),
+        ({"targets": 8, "inputs": 8}, "does not hold pairs of 'inputs' and 'targets'"),
+        ({"targets": 8, "answers": 8}, "has the feature 'targets', or 'inputs' and 'targets', but"),
         ({"targets": 97}, r"'one' has 96 tokens, fewer than one window .*= 97"),
     ]:
         with pytest.raises(ValueError, match=text):
@@ -273,7 +275,7 @@ def test_first_process_makes_the_cache_while_the_others_wait(config, make_cache,
         events.append("made")
         return make_cache({"one": {"train": [[5] * 9]}}, name=name, root=cache_dir)
 
-    monkeypatch.setattr(feed_lib, "_make_cache", make)
+    monkeypatch.setattr(made_cache, "make", make)
     missing = dataclasses.replace(config, cache_dir=other)
     feed_lib.open_feed(missing, process_index=0, process_count=2, barrier=lambda: events.append("barrier"))
     assert events == ["made", "barrier"]
@@ -286,7 +288,7 @@ def test_first_process_makes_the_cache_while_the_others_wait(config, make_cache,
     feed_lib.open_feed(apart, process_index=1, process_count=2, barrier=lambda: events.append("barrier"))
     assert events[-2:] == ["barrier", "made"]
     # A failure on process 0 does not leave the others waiting.
-    monkeypatch.setattr(feed_lib, "_make_cache", lambda *_: (_ for _ in ()).throw(ValueError("no such task")))
+    monkeypatch.setattr(made_cache, "make", lambda *_: (_ for _ in ()).throw(ValueError("no such task")))
     nowhere = dataclasses.replace(config, cache_dir=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no such task"):
         feed_lib.open_feed(nowhere, process_index=0, process_count=2, barrier=lambda: events.append("last"))
@@ -336,7 +338,7 @@ def test_errors_of_the_process_that_makes_the_cache_are_passed_on(config, monkey
 
     def fail_with(stderr):
         failed = subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
-        monkeypatch.setattr(feed_lib.subprocess, "run", lambda *_, **__: failed)
+        monkeypatch.setattr(made_cache.subprocess, "run", lambda *_, **__: failed)
 
     fail_with("I0000 noise\ntasks.cache: No task is named 'embeded_books'. The nearest names: embedded_books.\n")
     with pytest.raises(ValueError, match=r"^No task is named 'embeded_books'\. The nearest names: embedded_books\.$"):

@@ -276,7 +276,7 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
 def test_unusable_tasks_are_refused_by_name(tmp_path):
     import seqio
 
-    register("cache_two_features", features=("inputs", "targets"))
+    register("cache_two_features", features=("answers", "targets"))
     register("cache_bytes")
     register("cache_sentinels", vocabulary=seqio.ByteVocabulary(extra_ids=7))
     for name, rates in {
@@ -287,7 +287,7 @@ def test_unusable_tasks_are_refused_by_name(tmp_path):
         if name not in seqio.MixtureRegistry.names():
             seqio.MixtureRegistry.add(name, rates)
     for name, message in {
-        "cache_two_features": r"features \['inputs', 'targets'\].*only feature is 'targets'",
+        "cache_two_features": r"features \['answers', 'targets'\].*only feature is 'targets', pairs of texts",
         "cache_vocabularies": "'cache_vocabularies' differ in their vocabularies",
         "cache_zero": "rate 0.0 in mixture 'cache_zero'; a rate must be positive",
         "cache_negative": "rate -1.0 in mixture 'cache_negative'",
