@@ -248,28 +248,25 @@ class Attention(nn.Module):
             new_pos = count[:, None] + jnp.arange(size, dtype=jnp.int32)
             if self.rotary:
                 new_q, new_k = rotate(new_q, new_pos), rotate(new_k, new_pos)
-            # The newest position that each slot can hold, negative where nothing was written yet.
-            slot = jnp.arange(slots, dtype=jnp.int32)
-            last = count[:, None] - 1
-            old_pos = last - (last - slot) % slots
-            k_pos = jnp.concatenate([old_pos, new_pos], axis=1)
-            all_k = jnp.concatenate([ring_k, new_k.astype(ring_k.dtype)], axis=1)
-            all_v = jnp.concatenate([ring_v, new_v.astype(ring_v.dtype)], axis=1)
-            at, to = _written(new_pos, k_pos)
-            out = attend(new_q, all_k.astype(new_q.dtype), all_v.astype(new_q.dtype), at, to)
             real = jnp.clip(consumed - offset, 0, size)
             # Tokens beyond a row's length are sent to a slot that does not exist, and dropped.
             target = jnp.where(jnp.arange(size) < real[:, None], new_pos % slots, slots)
             rows = jnp.arange(batch)[:, None]
-            ring_k = ring_k.at[rows, target].set(new_k.astype(ring_k.dtype), mode="drop")
-            ring_v = ring_v.at[rows, target].set(new_v.astype(ring_v.dtype), mode="drop")
-            return (ring_k, ring_v, count + real), out
+            written_k = ring_k.at[rows, target].set(new_k.astype(ring_k.dtype), mode="drop")
+            written_v = ring_v.at[rows, target].set(new_v.astype(ring_v.dtype), mode="drop")
+            if self.span == "full" or size == 1:
+                # The ring holds all that is seen: a single token takes the place of one that no local span still sees.
+                seen_k, seen_v, k_pos = written_k, written_v, _held(count + real, slots)
+            else:
+                seen_k = jnp.concatenate([ring_k, new_k.astype(ring_k.dtype)], axis=1)
+                seen_v = jnp.concatenate([ring_v, new_v.astype(ring_v.dtype)], axis=1)
+                k_pos = jnp.concatenate([_held(count, slots), new_pos], axis=1)
+            at = Places(new_pos, jnp.ones_like(new_pos))
+            to = Places(k_pos, (k_pos >= 0).astype(jnp.int32))
+            out = attend(new_q, seen_k.astype(new_q.dtype), seen_v.astype(new_q.dtype), at, to)
+            return (written_k, written_v, count + real), out
 
-        ring = (keys.value, values.value, seen.value)
-        if length == 1:
-            (keys.value, values.value, seen.value), out = self._next_token(q, k, v, ring, consumed, attend)
-            return out
-        outs = []
+        ring, outs = (keys.value, values.value, seen.value), []
         for start in range(0, length, slots):
             piece = slice(start, min(start + slots, length))
             ring, out = advance(ring, (q[:, piece], k[:, piece], v[:, piece], start))
@@ -277,24 +274,11 @@ class Attention(nn.Module):
         keys.value, values.value, seen.value = ring
         return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
-    def _next_token(self, q, k, v, ring, consumed, attend):
-        """Writes one token into the ring and attends to the ring as it then is, of which nothing is copied.
 
-        The token takes the place of the one that lies a whole ring back, which no local span still sees.
-        """
-        ring_k, ring_v, count = ring
-        slots, pos = ring_k.shape[1], count[:, None]
-        if self.rotary:
-            q, k = rotate(q, pos), rotate(k, pos)
-        rows = jnp.arange(ring_k.shape[0])
-        # The token of a row that consumes none is sent to a slot that does not exist, and dropped.
-        target = jnp.where(consumed > 0, count % slots, slots)
-        ring_k = ring_k.at[rows, target].set(k[:, 0].astype(ring_k.dtype), mode="drop")
-        ring_v = ring_v.at[rows, target].set(v[:, 0].astype(ring_v.dtype), mode="drop")
-        # The newest position that each slot can hold, negative where nothing was written yet.
-        k_pos = pos - (pos - jnp.arange(slots, dtype=jnp.int32)) % slots
-        out = attend(q, ring_k.astype(q.dtype), ring_v.astype(q.dtype), *_written(pos, k_pos))
-        return (ring_k, ring_v, count + jnp.clip(consumed, 0, 1)), out
+def _held(count: Array, slots: int) -> Array:
+    """The newest position [B, slots] that each slot of a ring can hold after `count` [B] tokens; negative for none."""
+    last = count[:, None] - 1
+    return last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
 
 
 def _same_segment(at: Places, to: Places) -> Array:
@@ -309,8 +293,3 @@ def _across(x: Array, run: Run) -> tuple[Places, Places]:
     if run.encoded_mask is not None:
         to = jnp.where(run.encoded_mask > 0, to, -1)
     return Places(segments=at), Places(segments=to)
-
-
-def _written(q_pos: Array, k_pos: Array) -> tuple[Places, Places]:
-    """Places of new tokens and of a cache's slots, which hold nothing where positions are negative."""
-    return Places(q_pos, jnp.ones_like(q_pos)), Places(k_pos, (k_pos >= 0).astype(jnp.int32))
