@@ -234,7 +234,7 @@ class Attention(nn.Module):
         )
         if run.decode and not created:
             return jnp.zeros_like(q)
-        slots = keys.value.shape[1]
+        slots, full = keys.value.shape[1], self.span == "full"
         consumed = run.prefill_lengths
         if consumed is None:
             consumed = jnp.full((batch,), length, jnp.int32)
@@ -249,14 +249,17 @@ class Attention(nn.Module):
             if self.rotary:
                 new_q, new_k = rotate(new_q, new_pos), rotate(new_k, new_pos)
             real = jnp.clip(consumed - offset, 0, size)
-            # Tokens beyond a row's length are sent to a slot that does not exist, and dropped.
-            target = jnp.where(jnp.arange(size) < real[:, None], new_pos % slots, slots)
+            # Tokens beyond a row's length are sent to a slot that does not exist, and dropped. Full attention has a slot for each,
+            # which counts as empty again when this call is over.
+            kept = new_pos < slots if full else jnp.arange(size) < real[:, None]
+            target = jnp.where(kept, new_pos % slots, slots)
             rows = jnp.arange(batch)[:, None]
             written_k = ring_k.at[rows, target].set(new_k.astype(ring_k.dtype), mode="drop")
             written_v = ring_v.at[rows, target].set(new_v.astype(ring_v.dtype), mode="drop")
-            if self.span == "full" or size == 1:
+            if full or size == 1:
                 # The ring holds all that is seen: a single token takes the place of one that no local span still sees.
-                seen_k, seen_v, k_pos = written_k, written_v, _held(count + real, slots)
+                held = jnp.minimum(count + size, slots) if full else count + real
+                seen_k, seen_v, k_pos = written_k, written_v, _held(held, slots)
             else:
                 seen_k = jnp.concatenate([ring_k, new_k.astype(ring_k.dtype)], axis=1)
                 seen_v = jnp.concatenate([ring_v, new_v.astype(ring_v.dtype)], axis=1)
