@@ -228,7 +228,8 @@ def _text_features(task: "seqio.Task") -> tuple[str, ...]:
             return texts
     raise CacheError(
         f"Task {task.name!r} has the features {sorted(features)}; the token cache holds language-model tasks, whose only "
-        f"feature is {FEATURE!r}, pairs of texts, {' and '.join(PAIR_FEATURES)}, and labelled ones. Train on it with DatasetConfig.source='seqio'."
+        f"feature is {FEATURE!r}, pairs of texts, {' and '.join(PAIR_FEATURES)}, and labelled ones. Train on it with "
+        "DatasetConfig.source='seqio'."
     )
 
 
@@ -243,6 +244,8 @@ def prepare(modules: Sequence[str], gin_files: Sequence[str], gin_bindings: Sequ
             imported = importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise CacheError(f"Cannot import {module!r}, which should register tasks: {error}.") from error
+        except ValueError as error:  # seqio's, for a name that is taken.
+            raise CacheError(f"{module!r}, which should register tasks, cannot: {error}") from error
         if module == "tasks":
             imported.register()
     if gin_files or gin_bindings:

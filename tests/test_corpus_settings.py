@@ -47,6 +47,13 @@ def write_texts(folder, word):
     return folder
 
 
+def write_pairs(folder, word):
+    folder.mkdir()
+    records = (json.dumps({"document": f"{word} {i}", "summary": word}) + "\n" for i in range(9))
+    (folder / "train.jsonl").write_text("".join(records))
+    return folder
+
+
 def test_the_names_that_gin_may_place_are_those_that_are_asked_for(monkeypatch):
     """Every registered task is asked for its data; what its message says it misses is the oracle."""
     import seqio
@@ -130,24 +137,29 @@ def test_rates_that_have_changed_make_another_mixture(tmp_path):
 @pytest.mark.parametrize("source", ["cache", "seqio"])
 def test_a_position_goes_on_where_the_data_has_moved_and_not_with_other_data(source, tmp_path, caplog):
     tasks.register()
-    places = {
-        name: str(write_texts(tmp_path / name, word)) for name, word in (("a", "one"), ("b", "one"), ("c", "three"))
-    }
-    settings_of = feed.DatasetConfig("texts", {"targets": 8}, "train", 2, source=source)
-    bind(**{PLACE: places["a"]})
+    write = write_texts if source == "cache" else write_pairs
+    contents = (("a", "one"), ("b", "one"), ("c", "three"))
+    places = {name: str(write(tmp_path / name, word)) for name, word in contents}
+    if source == "cache":
+        place, settings_of = PLACE, feed.DatasetConfig("texts", {"targets": 8}, "train", 2)
+    else:
+        lengths = {"inputs": 24, "targets": 8}
+        place = "summarization/corpora.location.path"
+        settings_of = feed.DatasetConfig("summarization", lengths, "train", 2, source=source, pack=False)
+    bind(**{place: places["a"]})
     with feed.open_feed(settings_of) as opened:
         opened.next()
         state, expected = json.loads(json.dumps(opened.state())), opened.next()
-    bind(**{PLACE: places["b"]})
+    bind(**{place: places["b"]})
     with caplog.at_level(logging.INFO), feed.open_feed(settings_of) as moved:
         moved.restore(state)
         batch = moved.next()
-    assert f"{PLACE} was {places['a']!r} and is {places['b']!r}; the data is the same" in caplog.text
+    assert f"{place} was {places['a']!r} and is {places['b']!r}; the data is the same" in caplog.text
     assert all((batch[name] == expected[name]).all() for name in expected)
-    bind(**{PLACE: places["c"]})
+    bind(**{place: places["c"]})
     with feed.open_feed(settings_of) as other, pytest.raises(DataError) as caught:
         other.restore(state)
-    assert f"{PLACE} was {places['a']!r} and is {places['c']!r}" in str(caught.value)
+    assert f"{place} was {places['a']!r} and is {places['c']!r}" in str(caught.value)
 
 
 @pytest.mark.slow

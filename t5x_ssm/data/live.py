@@ -125,7 +125,10 @@ class LiveFeed(PrefetchedFeed):
                     next(iterator)
             due = (skip + index) % SNAPSHOT_PERIOD == 0 and skip + index > 0
             taken = _save(iterator) if due else None
-            return {name: value.numpy() for name, value in next(iterator).items()}, taken
+            batch = next(iterator)
+            if index == 0 and snapshot is None:
+                _save(iterator)  # What cannot be saved is better known now than at the first snapshot.
+            return {name: value.numpy() for name, value in batch.items()}, taken
 
         return Prefetcher(produce, depth=self._depth)
 
@@ -241,11 +244,21 @@ def held_out_pairs(config: "DatasetConfig", **place: int) -> dict[str, PairsEval
 
 
 def _save(iterator) -> dict[str, str]:
-    """A tf.data iterator's state as JSON-able text, by file of TensorFlow's checkpoint."""
+    """A tf.data iterator's state as JSON-able text, by file of TensorFlow's checkpoint.
+
+    Raises:
+      DataError: it has none that can be saved.
+    """
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as folder:
-        tf.train.Checkpoint(iterator=iterator).write(str(pathlib.Path(folder) / "iterator"))
+        try:
+            tf.train.Checkpoint(iterator=iterator).write(str(pathlib.Path(folder) / "iterator"))
+        except tf.errors.FailedPreconditionError as error:
+            raise DataError(
+                "The data is read by Python code, and TensorFlow cannot save where that stands, so that no run could be resumed: "
+                f"train from the token cache (DatasetConfig.source='cache'). TensorFlow says: {error.message}"
+            ) from error
         return {
             path.name: base64.b64encode(zlib.compress(path.read_bytes(), level=1)).decode("ascii")
             for path in sorted(pathlib.Path(folder).iterdir())

@@ -41,14 +41,22 @@ def clean(documents: Iterator[bytes | str], counts: Counts) -> Iterator[bytes]:
         try:
             data.decode("utf-8")
         except UnicodeDecodeError:
-            data = data.decode("utf-8", "replace").encode("utf-8")
-            counts["invalid_utf8"] += 1
+            data = replaced(data, counts).encode("utf-8")
         if not data.strip():
             counts["empty"] += 1
             continue
         counts["documents"] += 1
         counts["bytes"] += len(data)
         yield data
+
+
+def replaced(data: bytes, counts: Counts) -> str:
+    """Text of which what is not UTF-8 is replaced by U+FFFD and counted as `invalid_utf8`."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        counts["invalid_utf8"] += 1
+        return data.decode("utf-8", "replace")
 
 
 def damage() -> tuple[type[Exception], ...]:
@@ -106,13 +114,12 @@ def json_lines(
     """
 
     def read(path: pathlib.Path, counts: Counts) -> Iterator[str]:
-        del counts
         with open_binary(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line.decode("utf-8", "replace"))
+                    record = json.loads(replaced(line, counts))
                 except ValueError as error:
                     raise CorpusError(f"{path}, line {number}: this is no JSON ({error}).") from error
                 if isinstance(record, dict) and not wanted(record):
@@ -122,10 +129,10 @@ def json_lines(
     return read
 
 
-def parquet(*fields: str) -> Callable[[pathlib.Path, Counts], Iterator[str]]:
+def parquet(*fields: str) -> Callable[[pathlib.Path, Counts], Iterator[bytes]]:
     """A reader of Parquet files; fields as in `json_lines`, but names of columns."""
 
-    def read(path: pathlib.Path, counts: Counts) -> Iterator[str]:
+    def read(path: pathlib.Path, counts: Counts) -> Iterator[bytes]:
         del counts
         try:
             import pyarrow.parquet
@@ -139,9 +146,13 @@ def parquet(*fields: str) -> Callable[[pathlib.Path, Counts], Iterator[str]]:
             column = next((field for field in fields if field in table.schema_arrow.names), None)
             if column is None:
                 raise CorpusError(f"{path} has the columns {table.schema_arrow.names}, and none of {list(fields)}.")
+            kind = table.schema_arrow.field(column).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise CorpusError(f"The column {column!r} of {path} has the type {kind}, and not text.")
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
-                for value in batch.column(0):
-                    yield value.as_py() or ""
+                # As bytes, because Parquet does not see to it that texts are UTF-8.
+                for value in batch.column(0).cast(pyarrow.large_binary()):
+                    yield value.as_py() or b""
 
     return read
 

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.corpora.formats import Counts, open_binary
+from tasks.corpora.formats import Counts, open_binary, replaced
 from tasks.corpora.settings import CorpusError
 
 ENDINGS = (".jsonl", ".json", ".tsv", ".jsonl.gz", ".tsv.gz", ".jsonl.zst")
@@ -24,7 +24,8 @@ def read(path: pathlib.Path, counts: Counts, columns: Sequence[str] | None = Non
 
     Args:
       path: a file of JSON objects, one a line; or a table, whose name has .tsv in it.
-      counts: lines of a table that have fewer fields than it has columns are left out and counted as `malformed`.
+      counts: lines of a table that have fewer fields than it has columns are left out and counted as `malformed`; what
+        is not UTF-8 is replaced and counted as `invalid_utf8`.
       columns: names of a table's columns, if its first line does not have them.
 
     Raises:
@@ -33,7 +34,7 @@ def read(path: pathlib.Path, counts: Counts, columns: Sequence[str] | None = Non
     is_table = ".tsv" in path.suffixes
     with open_binary(path) as file:
         for number, line in enumerate(file, 1):
-            text = line.decode("utf-8", "replace").rstrip("\r\n")
+            text = replaced(line, counts).rstrip("\r\n")
             where = f"{path}, line {number}"
             if not text.strip():
                 continue

@@ -103,7 +103,8 @@ class RecordSource(PythonSource):
         return order.map(lambda i: {field: tf.gather(column, i) for field, column in tensors.items()})
 
     def left_out(self, split: str) -> dict[str, int]:
-        """What the last reading of a split left out: `malformed` lines of a table, and records with an `empty` text."""
+        """What the last reading of a split left out: `malformed` lines of a table, and records with an `empty` text; and how many
+        records had `invalid_utf8`, which was replaced."""
         return dict(self._left_out.get(split, {}))
 
     def read(self, split: str) -> Iterator[dict[str, str | int | float]]:
