@@ -40,20 +40,22 @@ def expected(params, x, head_dim, discretization, head_layout):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "discretization", "head_layout"),
+    "settings",
     [
-        (1, "bilinear", "head_major"),
-        (1, "zoh", "head_major"),
-        (4, "bilinear", "head_major"),
-        (2, "bilinear", "head_minor"),
+        {},
+        {"discretization": "zoh"},
+        {"head_dim": 4},
+        {"head_dim": 2, "head_layout": "head_minor"},
     ],
 )
-def test_layer_equations(head_dim, discretization, head_layout):
-    layer = H3(head_dim=head_dim, state_size=6, discretization=discretization, head_layout=head_layout)
+def test_layer_equations(settings):
+    layer = H3(state_size=6, **settings)
     x = np.random.default_rng(0).normal(size=(2, LENGTH, WIDTH)).astype(np.float32)
     params = random_parameters(layer, x)
     y = jit(lambda x: layer.apply({"params": params}, x, enable_dropout=False))(x)
-    want = expected(params, x, head_dim, discretization, head_layout)
+    # What is not set is the paper's.
+    paper = {"head_dim": 1, "discretization": "bilinear", "head_layout": "head_major"}
+    want = expected(params, x, **paper | settings)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=2e-5 * np.abs(want).max())
 
 

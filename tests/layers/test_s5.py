@@ -46,7 +46,8 @@ def test_s5_equations(output, fields, rule):
     y = state_space(p["ssm"], x, **rule) + p["ssm"]["d"] * x
     if layer.bidirectional:
         y = y + state_space(p["ssm"], x[:, ::-1], c="c_backward")[:, ::-1]
-    g = oracles.gelu(y) if layer.activation == "gelu" else oracles.gelu_tanh(y)
+    # What is not set is the paper's.
+    g = oracles.gelu(y) if fields.get("activation") == "gelu" else oracles.gelu_tanh(y)
     gate = oracles.sigmoid(oracles.dense(p["gate"], g)) if output != "gelu" else 1.0
     value = {"half_glu2": lambda: y, "full_glu": lambda: oracles.dense(p["out"], g)}.get(output, lambda: g)()
     expected = value * gate
@@ -100,6 +101,8 @@ def test_planes_start_from_one_draw_and_directions_from_two():
     original = legs_normal_plus_low_rank(16).vectors @ b
     np.testing.assert_allclose(original.imag, 0, atol=1e-6)
     assert np.std(original.real) == pytest.approx(0.25, rel=0.1)
+    # C starts as "lecun_normal" unless told otherwise: E|C|² is 2/(P H).
+    assert np.mean(params["c_re"] ** 2 + params["c_im"] ** 2) == pytest.approx(2 / (16 * 64), rel=0.1)
     c, back = np.ravel(params["c_re"]), np.ravel(params["c_backward_re"])
     assert abs(np.corrcoef(c, back)[0, 1]) < 0.15
     assert np.std(back) == pytest.approx(np.std(c), rel=0.15)
