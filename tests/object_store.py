@@ -55,6 +55,7 @@ class ObjectStore:
             return iter(sorted(name for name in self.objects if name.startswith(prefix)))
 
     def write(self, path: str, content: bytes) -> None:
+        """Writes an object; `path` is 'bucket/name'."""
         with self.lock:
             self.objects[path] = content
             self.generations[path] = self.generations.get(path, 0) + 1
@@ -81,6 +82,9 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(*_)
 
 
+Answer = tuple[int, dict | bytes, dict[str, str]]
+
+
 class _Handler(BaseHTTPRequestHandler):
     """One request."""
 
@@ -96,108 +100,99 @@ class _Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = {name: values[-1] for name, values in urllib.parse.parse_qs(url.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.command in self.store.forbidden:
-            return self._answer(403, {"error": {"code": 403, "message": "no access"}})
-        match = re.fullmatch(
-            r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+?))?)?(?:/moveTo/o/(.+))?", url.path
-        )
-        if match is None:
-            return self._answer(404, {})
-        kind, bucket, name, target = match.groups()
-        if target:
-            return self._move(*(f"{bucket}/{urllib.parse.unquote(part)}" for part in (name, target)))
-        if kind == "/upload":
-            return self._upload(bucket, query, body)
-        if "/o" not in url.path:
-            return self._answer(200, {"kind": "storage#bucket", "name": bucket, "id": bucket})
-        if name is None:
-            return self._list(bucket, query)
-        return self._object(f"{bucket}/{urllib.parse.unquote(name)}", query, kind == "/download")
+        with self.store.lock:
+            status, content, headers = self._answer(url.path, query, body)
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Type": "application/json"} | headers).items():
+            self.send_header(name, value)
+        if status not in (204, 304):
+            self.send_header("Content-Length", str(len(content)))
+        # gcsfs asks in two ways at once and hangs up on the slower answer.
+        with contextlib.suppress(ConnectionError):
+            self.end_headers()
+            self.wfile.write(content)
+            self.wfile.flush()
 
     do_GET = do_POST = do_PUT = do_DELETE = _handle
 
-    def _object(self, path: str, query: dict[str, str], download: bool) -> None:
-        with self.store.lock:
-            content = self.store.objects.get(path)
-            if content is None:
-                return self._answer(404, {"error": {"code": 404, "message": f"No such object: {path}"}})
-            if self.command == "DELETE":
-                del self.store.objects[path]
-                return self._answer(204, b"")
-        generation = str(self.store.generations[path])
-        if query.get("ifGenerationNotMatch") == generation:
-            return self._answer(304, b"")
-        if not download and query.get("alt") != "media":
-            return self._answer(200, self.store.described(path))
-        headers = {"x-goog-generation": generation, "Content-Type": "application/octet-stream"}
-        headers["x-goog-hash"] = f"crc32c={self.store.described(path)['crc32c']}"
+    def _answer(self, path: str, query: dict[str, str], body: bytes) -> Answer:
+        if self.command in self.store.forbidden:
+            return _error(403, "no access")
+        match = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+?))?)?(?:/moveTo/o/(.+))?", path)
+        if match is None:
+            return _error(404, f"No such service: {path}")
+        kind, bucket, name, target = match.groups()
+        if kind == "/upload":
+            return self._upload(bucket, query, body)
+        if "/o" not in path:
+            return 200, {"kind": "storage#bucket", "name": bucket, "id": bucket}, {}
+        if name is None:
+            return self._list(bucket, query)
+        found = f"{bucket}/{urllib.parse.unquote(name)}"
+        if found not in self.store.objects:
+            return _error(404, f"No such object: {found}")
+        if target is not None:
+            moved = f"{bucket}/{urllib.parse.unquote(target)}"
+            self.store.write(moved, self.store.objects.pop(found))
+            return 200, self.store.described(moved), {}
+        if self.command == "DELETE":
+            del self.store.objects[found]
+            return 204, b"", {}
+        if kind == "/download" or query.get("alt") == "media":
+            return self._content(found, query)
+        return 200, self.store.described(found), {}
+
+    def _content(self, path: str, query: dict[str, str]) -> Answer:
+        content, described = self.store.objects[path], self.store.described(path)
+        if query.get("ifGenerationNotMatch") == described["generation"]:
+            return 304, b"", {}
+        headers = {
+            "x-goog-generation": described["generation"],
+            "x-goog-hash": f"crc32c={described['crc32c']}",
+            "Content-Type": "application/octet-stream",
+        }
         asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if asked is None:
-            return self._answer(200, content, headers)
+            return 200, content, headers
         size = len(content)
         start = int(asked[1]) if asked[1] else max(0, size - int(asked[2]))
         stop = min(size, int(asked[2]) + 1) if asked[1] and asked[2] else size
         if start >= size:
-            return self._answer(416, b"", {"Content-Range": f"bytes */{size}"})
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        self._answer(206, content[start:stop], headers)
+            return 416, b"", {"Content-Range": f"bytes */{size}"}
+        return 206, content[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
 
-    def _list(self, bucket: str, query: dict[str, str]) -> None:
+    def _list(self, bucket: str, query: dict[str, str]) -> Answer:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
-        items, prefixes = [], []
+        items, prefixes = [], set()
         for path in self.store.names(f"{bucket}/{prefix}"):
-            name = path.removeprefix(f"{bucket}/")
-            if name < query.get("startOffset", "") or (query.get("endOffset") and name >= query["endOffset"]):
-                continue
-            rest = name.removeprefix(prefix)
+            rest = path.removeprefix(f"{bucket}/{prefix}")
             if delimiter and delimiter in rest:
-                prefixes.append(prefix + rest.split(delimiter)[0] + delimiter)
+                prefixes.add(prefix + rest.split(delimiter)[0] + delimiter)
             else:
                 items.append(self.store.described(path))
-        self._answer(200, {"kind": "storage#objects", "items": items, "prefixes": sorted(set(prefixes))})
+        return 200, {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}, {}
 
-    def _move(self, source: str, target: str) -> None:
-        with self.store.lock:
-            if source not in self.store.objects:
-                return self._answer(404, {"error": {"code": 404, "message": f"No such object: {source}"}})
-            self.store.write(target, self.store.objects.pop(source))
-        self._answer(200, self.store.described(target))
-
-    def _upload(self, bucket: str, query: dict[str, str], body: bytes) -> None:
-        kind = query.get("uploadType")
+    def _upload(self, bucket: str, query: dict[str, str], body: bytes) -> Answer:
+        kind = query["uploadType"]
         if kind == "resumable" and "upload_id" not in query:
-            name = query.get("name") or json.loads(body)["name"]
             upload = str(len(self.store.uploads))
-            self.store.uploads[upload] = name
+            self.store.uploads[upload] = query["name"]
             place = f"{self.store.environment['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{bucket}/o"
-            return self._answer(200, {}, {"Location": f"{place}?uploadType=resumable&upload_id={upload}"})
+            return 200, {}, {"Location": f"{place}?uploadType=resumable&upload_id={upload}"}
         if kind == "resumable":
+            if self.headers.get("Content-Range", "").endswith("/*"):
+                return _error(501, "uploads in several parts are not understood here")
             name = self.store.uploads[query["upload_id"]]
-        elif kind == "multipart":
-            boundary = re.search('boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
-            described, content = body.split(b"--" + boundary)[1:3]
-            name = json.loads(re.split(rb"\r?\n\r?\n", described, maxsplit=1)[1])["name"]
-            body = re.sub(rb"\r?\n\Z", b"", re.split(rb"\r?\n\r?\n", content, maxsplit=1)[1])
         else:
             name = query["name"]
         path = f"{bucket}/{name}"
-        with self.store.lock:
-            found = self.store.generations[path] if path in self.store.objects else 0
-            if query.get("ifGenerationMatch") not in (None, str(found)):
-                return self._answer(412, {"error": {"code": 412, "message": "conditionNotMet"}})
-            self.store.write(path, body)
-        self._answer(200, self.store.described(path))
+        found = self.store.generations[path] if path in self.store.objects else 0
+        if query.get("ifGenerationMatch") not in (None, str(found)):
+            return _error(412, "conditionNotMet")
+        self.store.write(path, body)
+        return 200, self.store.described(path), {}
 
-    def _answer(self, status: int, content: dict | bytes, headers: dict[str, str] | None = None) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
-            self.send_header(name, value)
-        if status not in (204, 304):
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if status not in (204, 304):
-            self.wfile.write(body)
-        # gcsfs asks in two ways at once and hangs up on the slower answer.
-        with contextlib.suppress(ConnectionError):
-            self.wfile.flush()
+
+def _error(status: int, message: str) -> Answer:
+    return status, {"error": {"code": status, "message": message}}, {}

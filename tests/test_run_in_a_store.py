@@ -9,7 +9,7 @@ from training_command import ROOT, Command, arguments, run
 
 from t5x_ssm.training.metrics import history
 
-STEPS = 60
+STEPS, PERIOD = 30, 3
 URL, PREFIX = "gs://bucket/run", "bucket/run/"
 SETTINGS = {
     "TRAIN_STEPS": STEPS,
@@ -17,7 +17,7 @@ SETTINGS = {
     "EVAL_PERIOD": 0,
     "trainer__TrainerConfig__log_period": 7,
     "trainer__TrainerConfig__tensorboard": True,
-    "checkpoints__SaveCheckpointConfig__period": 2,
+    "checkpoints__SaveCheckpointConfig__period": PERIOD,
     "checkpoints__SaveCheckpointConfig__keep": 2,
 }
 # Compiled in haste, as in `tiny.jit`, and once for all commands.
@@ -66,10 +66,10 @@ def test_killed_and_started_again_it_is_the_run_of_a_folder(store, training_cach
     environment = training_caches | store.environment | HASTE | {"PYTHONPATH": f"{broken.parent}:{ROOT}"}
     given = arguments(URL, **SETTINGS)
     first = Command(given, log=tmp_path / "first.txt", **environment)
-    assert first.until(lambda: max(committed(store), default=0) >= 8), first.text()
+    assert first.until(lambda: max(committed(store), default=0) >= 2 * PERIOD), first.text()
     first.kill()
     newest = max(committed(store))
-    assert 8 <= newest < STEPS
+    assert 2 * PERIOD <= newest < STEPS
 
     status, text = run(given, log=tmp_path / "second.txt", **environment)
     assert status == 0, text
@@ -78,7 +78,7 @@ def test_killed_and_started_again_it_is_the_run_of_a_folder(store, training_cach
     assert stored(run_folder, STEPS) == stored(reference, STEPS)
     lines = history(run_folder / "metrics.jsonl", timings=False)
     assert lines == history(reference / "metrics.jsonl", timings=False)
-    assert committed(store) == {STEPS - 2, STEPS}
+    assert committed(store) == {STEPS - PERIOD, STEPS}
     top = {name.removeprefix(PREFIX).split("/")[0] for name in store.names(PREFIX)} - {"run.lock"}
     assert {name for name in top if not name.startswith("events")} == {
         path.name for path in reference.iterdir() if not path.name.startswith("events")
@@ -98,13 +98,13 @@ def test_killed_and_started_again_it_is_the_run_of_a_folder(store, training_cach
 @pytest.mark.nightly
 def test_two_processes_share_a_run(store, training_caches, reference, tmp_path):
     environment = training_caches | store.environment | HASTE
-    for steps in (20, STEPS):
+    for steps in (4 * PERIOD, STEPS):
         given = arguments(URL, **SETTINGS | {"TRAIN_STEPS": steps, "schedules__warmup_cosine__total_steps": STEPS})
         module = ["launch.local", "--processes=2", "--", *given]
         status, text = Command([], module=module, log=tmp_path / f"{steps}.txt", **environment).finish()
         assert status == 0, text
-    assert f"[1] Continuing {URL} from step 20 of {STEPS}" in text
-    assert committed(store) == {STEPS - 2, STEPS}
+    assert f"[1] Continuing {URL} from step {4 * PERIOD} of {STEPS}" in text
+    assert committed(store) == {STEPS - PERIOD, STEPS}
     assert any("ocdbt.process_1" in name for name in store.names(f"{PREFIX}checkpoint_{STEPS}/"))
     found = history(copied(store, tmp_path / "run") / "metrics.jsonl", split="train", timings=False)
     expected = history(reference / "metrics.jsonl", split="train", timings=False)
@@ -120,7 +120,7 @@ def test_a_start_that_a_later_one_has_overtaken_leaves(store, training_caches, t
     # Too long to end by itself.
     given = arguments(URL, **SETTINGS | {"TRAIN_STEPS": 100_000})
     first = Command(given, log=tmp_path / "first.txt", **environment)
-    assert first.until(lambda: max(committed(store), default=0) >= 2), first.text()
+    assert first.until(lambda: max(committed(store), default=0) >= PERIOD), first.text()
     store.write(f"{PREFIX}run.lock", b"process 1 on elsewhere\n")
     newest = max(committed(store))
     status, text = first.finish()
@@ -128,4 +128,4 @@ def test_a_start_that_a_later_one_has_overtaken_leaves(store, training_caches, t
     assert "A later start trains in MODEL_DIR=gs://bucket/run (process 1 on elsewhere)" in text.splitlines()[-1]
     assert store.objects[f"{PREFIX}run.lock"] == b"process 1 on elsewhere\n"
     # A save may have begun before.
-    assert max(committed(store)) <= newest + 2
+    assert max(committed(store)) <= newest + PERIOD

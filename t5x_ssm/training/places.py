@@ -51,7 +51,7 @@ def place(path: epath.PathLike, setting: str = "path") -> Place:
     if not text.startswith(_SCHEME) or not text.removeprefix(_SCHEME).strip("/"):
         raise UserError(
             f"{setting} = {text!r}: give a folder of a file system, or {_SCHEME}BUCKET/FOLDER. Other object stores are not "
-            "written to."
+            "reached."
         )
     if not all(_installed(name) for name in _LIBRARIES):
         raise UserError(f"{setting} = {text!r}: {_SCHEME} needs the library gcsfs; pip install 't5x_ssm[gcs]'.")

@@ -5,7 +5,7 @@ takes only whole files. So process 0 has them in a folder of its own, fetched at
 before every checkpoint and otherwise every `UPLOAD_SECONDS`, from a thread, so that training does not wait.
 
 A run that is killed loses nothing by it once it is started again: what came before its checkpoint is in the store, and the lines
-after that are written anew. If it is never started again, the lines of the last `UPLOAD_SECONDS` are missing.
+after that are written anew. If it is never started again, the lines since the last copy are missing.
 """
 
 import pathlib
