@@ -22,6 +22,10 @@ def test_norms(norm, center):
     y = norm(epsilon=1e-2).apply({"params": params}, x)
     p = oracles.numpy_tree(params)
     np.testing.assert_allclose(y, oracles.layer_norm(p, np.float64(x), 1e-2, center), rtol=1e-5, atol=1e-5)
+    # The epsilon of T5 and Flax, where it is a large part of the variance.
+    small = 1e-3 * inputs(2, 4, 6)
+    y = norm().apply({"params": params}, small)
+    np.testing.assert_allclose(y, oracles.layer_norm(p, np.float64(small), 1e-6, center), rtol=1e-5, atol=1e-5)
 
 
 def test_norm_statistics_are_float32_under_bfloat16():

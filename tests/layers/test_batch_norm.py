@@ -29,6 +29,12 @@ def test_statistics_of_real_positions_and_their_running_average():
 
     still = layer.apply(variables, x, mask=mask, training=False)
     np.testing.assert_allclose(still, (x - 0.5) / np.sqrt(2.0 + 1e-3) * scale + bias, rtol=1e-5, atol=1e-5)
+    # The public S5's own momentum and epsilon, the latter where it is a large part of the variance.
+    small = np.float32(1e-3) * x
+    y, updated = BatchNorm().apply(variables, small, mask=mask, training=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.95 * 0.5 + 0.05 * 1e-3 * mean, rtol=1e-5)
+    expected_small = (np.float64(small) - 1e-3 * mean) / np.sqrt(1e-6 * var + 1e-5) * scale + bias
+    np.testing.assert_allclose(y, expected_small, rtol=1e-5, atol=1e-5)
     # Where the averages cannot be written, training still normalizes by the batch.
     np.testing.assert_allclose(layer.apply(variables, x, mask=mask, training=True), expected, rtol=1e-5, atol=1e-5)
 

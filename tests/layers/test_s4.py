@@ -65,25 +65,29 @@ def mixed(p, y, output):
 
 
 @pytest.mark.parametrize(
-    ("layer", "kernel"),
+    ("build", "settings", "kernel"),
     [
-        (S4(state_size=4), s4_kernel),
-        (S4(state_size=4, bidirectional=True, output="linear"), s4_kernel),
-        (S4D(state_size=6), s4d_kernel),
-        (S4D(state_size=6, bidirectional=True), s4d_kernel),
+        (S4, {"state_size": 4}, s4_kernel),
+        (S4, {"state_size": 4, "bidirectional": True, "output": "linear"}, s4_kernel),
+        (S4D, {"state_size": 6}, s4d_kernel),
+        (S4D, {"state_size": 6, "bidirectional": True}, s4d_kernel),
         (
-            S4D(state_size=6, discretization="bilinear", output="linear"),
+            S4D,
+            {"state_size": 6, "discretization": "bilinear", "output": "linear"},
             lambda ssm, length, c="c": s4d_kernel(ssm, length, c, oracles.bilinear),
         ),
     ],
     ids=["s4", "s4 bidirectional", "s4d", "s4d bidirectional", "s4d bilinear"],
 )
-def test_layer_equations(layer, kernel):
+def test_layer_equations(build, settings, kernel):
+    layer = build(**settings)
     params = random_parameters(layer, X)
     y = jit(lambda x: layer.apply({"params": params}, x, enable_dropout=False))(X)
     p, x = oracles.numpy_tree(params), np.float64(X)
-    backward = kernel(p["ssm"], 9, "c_backward") if layer.bidirectional else None
-    expected = mixed(p, filtered(kernel(p["ssm"], 9), x, p["ssm"]["d"], backward), layer.output)
+    backward = kernel(p["ssm"], 9, "c_backward") if settings.get("bidirectional") else None
+    # What is not set is the paper's.
+    output = settings.get("output", "glu")
+    expected = mixed(p, filtered(kernel(p["ssm"], 9), x, p["ssm"]["d"], backward), output)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-5 * np.abs(expected).max())
 
 

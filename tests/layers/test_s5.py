@@ -91,6 +91,19 @@ def test_shapes_of_the_parameters():
     }
 
 
+def test_the_gated_operator_is_the_published_one():
+    """Three taps, and 128 modes in 32 blocks of which no pair is left out."""
+    params = shapes(GatedOperator(), X, enable_dropout=False)["params"]
+    assert {name: leaf["kernel"].shape for name, leaf in params.items() if "short" in name} == {
+        f"{branch}_short": (6, 3) for branch in ("gate", "key", "value")
+    }
+    assert params["ssm"]["lambda_im"].shape == (128,)
+    frequencies = legs_normal_plus_low_rank(4).poles.imag
+    start = jit(lambda key: GatedOperator().init(key, X, enable_dropout=False)["params"]["ssm"])(key())
+    np.testing.assert_allclose(np.sort(start["lambda_im"]), np.sort(np.tile(frequencies, 32)), rtol=1e-5)
+    assert np.mean(start["c_re"] ** 2 + start["c_im"] ** 2) == pytest.approx(1, rel=0.15)
+
+
 def test_planes_start_from_one_draw_and_directions_from_two():
     """V B is real, which it is only if both planes of B come from the same real matrix; the two C are independent."""
     layer = S5StateSpace(state_size=16, blocks=1, conj_sym=False, bidirectional=True, step_min=0.01, step_max=0.02)
