@@ -43,12 +43,12 @@ def _tar_xz(texts) -> bytes:
     return packed.getvalue()
 
 
-def _parquet(path: pathlib.Path, texts) -> None:
+def _parquet(path: pathlib.Path, texts, field="content") -> None:
     import pyarrow
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table({"content": texts, "lang": ["x"] * len(texts)}), path)
+    pyarrow.parquet.write_table(pyarrow.table({field: texts, "lang": ["x"] * len(texts)}), path)
 
 
 def books(root):
@@ -106,6 +106,12 @@ def wikitext103(root):
     return ARTICLES
 
 
+def wiki40b(root):
+    _parquet(root / "en" / "train-00000-of-00001.parquet", PROSE, "text")
+    _parquet(root / "en" / "validation-00000-of-00001.parquet", PROSE[:1], "text")
+    return PROSE
+
+
 def openwebtext(root):
     _write(root / "openwebtext" / "urlsf_subset00-1_data.xz", _tar_xz(PROSE))
     return PROSE
@@ -154,6 +160,7 @@ FORMATS: list[tuple[str, str, Callable]] = [
     ("mathematics", "mathematics", mathematics_jsonl),
     ("lm1b", "lm1b", lm1b),
     ("wikitext103", "wikitext103", wikitext103),
+    ("wiki40b", "wiki40b", wiki40b),
     ("openwebtext", "openwebtext", openwebtext),
     ("texts", "texts", texts),
     ("texts", "texts", texts_gz),

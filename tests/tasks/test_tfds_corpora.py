@@ -1,11 +1,14 @@
 """Corpora from TFDS data sets as they lie on disk: their documents, splits and shards, and caching that was interrupted."""
 
+import functools
+
 import numpy as np
 import pytest
 import tfds_files
 
 import tasks
 from t5x_ssm.data import sources
+from t5x_ssm.data.cached_pairs import CachedPairs
 from tasks import cache, cache_writer
 from tasks.cache_files import CacheError
 
@@ -65,6 +68,22 @@ def test_the_names_and_fields_are_those_that_tfds_has_registered(tfds_folder, mo
     for task, name in (("books", PG19), ("lm1b", "lm1b:1.1.0"), ("wiki40b", "wiki40b/en:1.3.0"), ("c4", "c4/en:3.1.0")):
         builder = tfds.builder(name, data_dir=str(tfds_folder))
         assert seqio.TaskRegistry.get(task).source._tfds_fields[0] in builder.info.features
+
+
+def test_pairs_of_a_data_set_are_cached_with_their_scores_as_text(tfds_folder, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.utils.gcs_utils, "_is_gcs_disabled", True)
+    records = [{"sentence1": "A.", "sentence2": f"B{i}.", "label": score} for i, score in enumerate((0.25, 3.75, 5.0))]
+    tfds_files.write(tfds_folder, "glue/stsb:2.0.0", {"train": records, "validation": records[:1]})
+    path = build("glue_stsb", "glue", "glue:2.0.0", tmp_path / "cache", monkeypatch)
+    open_pairs = functools.partial(CachedPairs, lengths={"inputs": 64, "targets": 8})
+    (pairs,) = sources.CachedMixture(path, "train", open_stream=open_pairs).streams
+    found = [
+        [bytes(token - 3 for token in text if token > 2).decode() for text in pair]
+        for pair in (pairs[i] for i in range(len(pairs)))
+    ]
+    assert found == [[f"stsb sentence1: A. sentence2: B{i}.", t] for i, t in enumerate(("0.2", "3.8", "5.0"))]
 
 
 def test_caching_goes_on_with_the_files_that_were_done(tfds_folder, tmp_path, monkeypatch):
