@@ -97,13 +97,13 @@ def train(
     folder = places.place(model_dir, "MODEL_DIR")
     main = jax.process_index() == 0
     device_mesh = mesh_lib.make_mesh(mesh)
+    description = config_lib.description(NOT_PART_OF_A_RUN)
     with (
         preemption.StopRequest() as stop,
-        folder_lock.locked(folder) as check_lock,
+        folder_lock.locked(folder, lambda: run_folder.check_run_folder(folder, description)) as check_lock,
         consensus.succeed_together(lambda: Spool(folder, GROWING_FILES, check_lock, enabled=main)) as spool,
         goodput_lib.Goodput(spool.folder if main else None) as goodput,
     ):
-        run_folder.check_run_folder(folder, config_lib.description(NOT_PART_OF_A_RUN))
         part, parts = batch_parts.share(device_mesh)
         feed = consensus.succeed_together(
             lambda: feed_lib.open_feed(

@@ -27,8 +27,13 @@ _LOCK_SECONDS = 5.0
 
 
 @contextlib.contextmanager
-def locked(model_dir: places.Place) -> Iterator[Callable[[], None]]:
+def locked(model_dir: places.Place, may_start: Callable[[], None]) -> Iterator[Callable[[], None]]:
     """Keeps other starts from training in a folder, as far as its place can. Process 0 holds it for all.
+
+    Args:
+      model_dir: the run folder; made when it does not exist.
+      may_start: raises when this start must not train there, which then goes on undisturbed. All processes call it; on a
+        file system under the lock.
 
     Yields:
       A function for process 0, to be called before it writes: raises RunFolderError when a later start has taken over.
@@ -40,12 +45,14 @@ def locked(model_dir: places.Place) -> Iterator[Callable[[], None]]:
     path = model_dir / _LOCK_FILE
     main = jax.process_index() == 0
     if places.is_store(path):
+        may_start()
         name = f"{_holder()}, start {uuid.uuid4().hex}"
         consensus.ask_first(lambda: _claim(path, name))
         yield lambda: _check_claim(path, name)
         return
     file = consensus.succeed_together(lambda: _lock(path) if main else None)
     try:
+        may_start()
         yield lambda: None
     finally:
         if file is not None:
