@@ -12,7 +12,7 @@ from t5x_ssm import config, infer, train
 from t5x_ssm import eval as evaluation
 from t5x_ssm.data import feed, sources
 from t5x_ssm.errors import DataError, UserError
-from tasks import cache, inspect
+from tasks import cache, inspect, train_vocabulary
 from tasks.corpora import settings
 
 PLACE = "texts/corpora.location.path"
@@ -81,6 +81,17 @@ def test_a_place_of_no_corpus_is_a_mistake(tmp_path):
         config.check(train.train)
     with pytest.raises(SystemExit, match="no corpus is named 'text'"):
         cache.main(["--mixture=texts", f"--gin.text/corpora.location.path={tmp_path}"])
+
+
+def test_a_vocabulary_is_trained_on_what_gin_places(tmp_path):
+    import sentencepiece
+
+    place = write_texts(tmp_path / "here", "zebra")
+    model = tmp_path / "small.model"
+    train_vocabulary.main(["--mixture=texts", f"--gin.{PLACE}={place}", f"--output={model}", "--size=275"])
+    processor = sentencepiece.SentencePieceProcessor(str(model))
+    known = [processor.piece_to_id(letter) != processor.unk_id() for letter in "zebraq"]
+    assert known == [True] * 5 + [False]
 
 
 def test_a_macro_may_say_the_place(tmp_path):
