@@ -24,19 +24,15 @@ from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.gss import diagonal_axes
 from t5x_ssm.layers.mixer import Run, run_state_space
 from t5x_ssm.layers.s4 import mix_channels
-from t5x_ssm.layers.settings import require_choice, require_positive, require_steps
+from t5x_ssm.layers.settings import require_choice, require_positive, require_steps, settings_of
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import diagonal, initialization
 
 Array = jax.Array
 
 
-class DSSStateSpace(nn.Module):
-    """The state space of DSS. Called with (u [B, L, H], run) for (y, state).
-
-    "softmax" divides each mode by its sum over the lags of a kernel of `kernel_length`: a kernel of another length is another
-    system, so it does not extrapolate, and what is behind the last lag was never trained. Longer inputs are refused. How
-    far a generated text has come is known only while it runs: beyond kernel_length its outputs are NaN, never a guess.
+class DSSSettings(nn.Module):
+    """What `DSSStateSpace` and the mixer around it are told alike.
 
     Attributes:
       state_size: N, complex modes.
@@ -56,6 +52,17 @@ class DSSStateSpace(nn.Module):
     step_min: float = 1e-3
     step_max: float = 1e-1
     bidirectional: bool = False
+
+
+class DSSStateSpace(DSSSettings):
+    """The state space of DSS. Called with (u [B, L, H], run) for (y, state).
+
+    "softmax" divides each mode by its sum over the lags of a kernel of `kernel_length`: a kernel of another length is another
+    system, so it does not extrapolate, and what is behind the last lag was never trained. Longer inputs are refused. How
+    far a generated text has come is known only while it runs: beyond kernel_length its outputs are NaN, never a guess.
+
+    Its settings are those of `DSSSettings`.
+    """
 
     @nn.compact
     def __call__(self, u: Array, run: Run):
@@ -140,11 +147,10 @@ class DSSStateSpace(nn.Module):
             )
 
 
-class DSS(nn.Module):
-    """The DSS mixer; see the module docstring.
+class DSS(DSSSettings):
+    """The DSS mixer; see the module docstring, and `DSSSettings` for the settings of its state space.
 
     Attributes:
-      state_size, kind, scale, separate_steps, kernel_length, step_min, step_max, bidirectional: see `DSSStateSpace`.
       activation: of the state space's output.
       output: "linear" or "glu".
       dropout_rate: before the output projection.
@@ -152,14 +158,6 @@ class DSS(nn.Module):
       dtype: of projections and activations; the state space runs in float32.
     """
 
-    state_size: int = 64
-    kind: str = "exp"
-    scale: bool = True
-    separate_steps: bool = True
-    kernel_length: int | None = None
-    step_min: float = 1e-3
-    step_max: float = 1e-1
-    bidirectional: bool = False
     activation: str = "gelu"
     output: str = "linear"
     dropout_rate: float = 0.0
@@ -169,16 +167,8 @@ class DSS(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, enable_dropout: bool = True, return_state: bool = False, **call):
         run = Run(enable_dropout=enable_dropout, return_state=return_state, **call)
-        y, state = DSSStateSpace(
-            self.state_size,
-            self.kind,
-            self.scale,
-            self.separate_steps,
-            self.kernel_length,
-            self.step_min,
-            self.step_max,
-            self.bidirectional,
-            name="ssm",
-        )(constrain(x, ("batch", "length", "channels")), run)
+        y, state = DSSStateSpace(**settings_of(self, DSSSettings), name="ssm")(
+            constrain(x, ("batch", "length", "channels")), run
+        )
         out = mix_channels(self, y.astype(self.dtype), enable_dropout)
         return (out, state) if return_state else out

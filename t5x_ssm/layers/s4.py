@@ -26,7 +26,7 @@ from t5x_ssm.layers.basic import ACTIVATIONS, Dense
 from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.gss import diagonal_axes
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
-from t5x_ssm.layers.settings import require_choice, require_steps
+from t5x_ssm.layers.settings import require_choice, require_steps, settings_of
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import diagonal, dplr, initialization
 from t5x_ssm.ssm.dplr_powers import DPLR
@@ -39,8 +39,8 @@ DISCRETIZATIONS = {"dplr": ("bilinear",), "diagonal": ("zoh", "bilinear")}
 OUTPUTS = ("linear", "glu")
 
 
-class S4StateSpace(nn.Module):
-    """The state space of S4 or S4D: a system of its own for each channel. Called with (u [B, L, H], run) for (y, state).
+class S4Settings(nn.Module):
+    """What `S4StateSpace` and the mixer around it are told alike.
 
     Attributes:
       kind: "dplr", A = diag(w) - p p^*, for S4; "diagonal", A = diag(w), for S4D.
@@ -58,6 +58,13 @@ class S4StateSpace(nn.Module):
     step_min: float = 1e-3
     step_max: float = 1e-1
     bidirectional: bool = False
+
+
+class S4StateSpace(S4Settings):
+    """The state space of S4 or S4D: a system of its own for each channel. Called with (u [B, L, H], run) for (y, state).
+
+    Its settings are those of `S4Settings`.
+    """
 
     @nn.compact
     def __call__(self, u: Array, run: Run):
@@ -134,11 +141,10 @@ def _dplr_axes(system: DPLR) -> CoreAxes:
     return CoreAxes(axes, ("batch", None, "channels"), (("batch", "channels", None),) * 2)
 
 
-class S4(nn.Module):
-    """The S4 mixer; see the module docstring.
+class S4(S4Settings):
+    """The S4 mixer; see the module docstring, and `S4Settings` for the settings of its state space.
 
     Attributes:
-      kind, state_size, start, discretization, step_min, step_max, bidirectional: see `S4StateSpace`.
       activation: of the state space's output.
       output: "glu" or "linear".
       dropout_rate: before the output projection.
@@ -146,13 +152,6 @@ class S4(nn.Module):
       dtype: of projections and activations; the state space runs in float32.
     """
 
-    kind: str = "dplr"
-    state_size: int = 64
-    start: str = "legs"
-    discretization: str | None = None
-    step_min: float = 1e-3
-    step_max: float = 1e-1
-    bidirectional: bool = False
     activation: str = "gelu"
     output: str = "glu"
     dropout_rate: float = 0.0
@@ -162,16 +161,9 @@ class S4(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, enable_dropout: bool = True, return_state: bool = False, **call):
         run = Run(enable_dropout=enable_dropout, return_state=return_state, **call)
-        y, state = S4StateSpace(
-            self.kind,
-            self.state_size,
-            self.start,
-            self.discretization,
-            self.step_min,
-            self.step_max,
-            self.bidirectional,
-            name="ssm",
-        )(constrain(x, ("batch", "length", "channels")), run)
+        y, state = S4StateSpace(**settings_of(self, S4Settings), name="ssm")(
+            constrain(x, ("batch", "length", "channels")), run
+        )
         out = mix_channels(self, y.astype(self.dtype), enable_dropout)
         return (out, state) if return_state else out
 

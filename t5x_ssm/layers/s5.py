@@ -26,7 +26,7 @@ from t5x_ssm.errors import UserError
 from t5x_ssm.layers.basic import ACTIVATIONS, Dense
 from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
-from t5x_ssm.layers.settings import require_choice, require_positive, require_steps
+from t5x_ssm.layers.settings import require_choice, require_positive, require_steps, settings_of
 from t5x_ssm.parallel.shard import constrain
 from t5x_ssm.ssm import initialization, multi_input
 
@@ -35,8 +35,8 @@ Array = jax.Array
 OUTPUTS = ("gelu", "half_glu1", "half_glu2", "full_glu")
 
 
-class S5StateSpace(nn.Module):
-    """The state space of S5. Called with (u [B, L, H], run) for (y, state).
+class S5Settings(nn.Module):
+    """What `S5StateSpace` and the mixer around it are told alike.
 
     Attributes:
       state_size: the real size of the state; P = state_size / 2 complex modes with `conj_sym`, else P = state_size.
@@ -60,6 +60,13 @@ class S5StateSpace(nn.Module):
     step_max: float = 1e-1
     step_rescale: float = 1.0
     bidirectional: bool = False
+
+
+class S5StateSpace(S5Settings):
+    """The state space of S5. Called with (u [B, L, H], run) for (y, state).
+
+    Its settings are those of `S5Settings`.
+    """
 
     @nn.compact
     def __call__(self, u: Array, run: Run):
@@ -133,11 +140,10 @@ class S5StateSpace(nn.Module):
             raise UserError(f"S5StateSpace.step_rescale = {self.step_rescale}; it must be positive.")
 
 
-class S5(nn.Module):
-    """The S5 mixer; see the module docstring.
+class S5(S5Settings):
+    """The S5 mixer; see the module docstring, and `S5Settings` for the settings of its state space.
 
     Attributes:
-      state_size, blocks, …, bidirectional: see `S5StateSpace`.
       output: one of OUTPUTS.
       activation: the GELU; the paper's models use the tanh approximation.
       dropout_rate: see the module docstring.
@@ -145,16 +151,6 @@ class S5(nn.Module):
       dtype: of projections and activations; the state space runs in float32.
     """
 
-    state_size: int = 64
-    blocks: int = 1
-    conj_sym: bool = True
-    discretization: str = "zoh"
-    clip_eigs: bool = False
-    c_init: str = "lecun_normal"
-    step_min: float = 1e-3
-    step_max: float = 1e-1
-    step_rescale: float = 1.0
-    bidirectional: bool = False
     output: str = "half_glu1"
     activation: str = "gelu_tanh"
     dropout_rate: float = 0.0
@@ -165,19 +161,9 @@ class S5(nn.Module):
     def __call__(self, x: Array, *, enable_dropout: bool = True, return_state: bool = False, **call):
         run = Run(enable_dropout=enable_dropout, return_state=return_state, **call)
         require_choice("S5.output", self.output, OUTPUTS)
-        y, state = S5StateSpace(
-            self.state_size,
-            self.blocks,
-            self.conj_sym,
-            self.discretization,
-            self.clip_eigs,
-            self.c_init,
-            self.step_min,
-            self.step_max,
-            self.step_rescale,
-            self.bidirectional,
-            name="ssm",
-        )(constrain(x, ("batch", "length", None)), run)
+        y, state = S5StateSpace(**settings_of(self, S5Settings), name="ssm")(
+            constrain(x, ("batch", "length", None)), run
+        )
         y = y.astype(self.dtype)
         dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=not enable_dropout)
 

@@ -1,7 +1,10 @@
-"""Checks of what a user has set, with messages that name the setting."""
+"""What a user has set: checks, with messages that name the setting, and settings that two modules have in common."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
+
+from flax import linen as nn
 
 from t5x_ssm.errors import UserError
 
@@ -31,3 +34,9 @@ def require_steps(owner: str, step_min: float, step_max: float) -> None:
         raise UserError(
             f"{owner}.step_min = {step_min} and step_max = {step_max}: time steps need 0 < step_min <= step_max."
         )
+
+
+def settings_of(module: nn.Module, owner: type[nn.Module]) -> dict[str, Any]:
+    """The settings that `module` has from its base class `owner`, by name: what another subclass of it is built from."""
+    names = (field.name for field in dataclasses.fields(owner) if field.name not in ("name", "parent"))
+    return {name: getattr(module, name) for name in names}
