@@ -37,8 +37,9 @@ def reference(tmp_path_factory, training_caches):
 
 
 @pytest.fixture
-def store():
+def store(tmp_path):
     with ObjectStore() as found:
+        found.environment["TMPDIR"] = str(tmp_path)  # A start that is killed leaves its files there.
         yield found
 
 
