@@ -50,24 +50,27 @@ def report(path: pathlib.Path, split: str, *, length: int, examples: int, charac
     lines = []
     for directory, manifest, rate in _splits(path, split):
         lengths = document_lengths(directory, manifest)
+        # Of pairs, which are never windows of a stream: the names of an example's documents.
+        names = manifest.get("texts") or ["document"]
+        windows = "" if "texts" in manifest else ", 0.0% in windows of the stream"
         lines.append(cache.summary(manifest, rate))
         if len(lengths):
             quantiles = ", ".join(f"{int(q):,}" for q in np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]))
             per_token = manifest["bytes"] / max(manifest["tokens"], 1)
             lines.append(
                 f"  document lengths (least, quartiles, most) {quantiles} tokens; {per_token:.3f} bytes a token; at length "
-                f"{length:,}: {padding(lengths, length):.1%} padding with a document a row, 0.0% in windows of the stream"
+                f"{length:,}: {padding(lengths, length):.1%} padding with a document a row{windows}"
             )
-        for number, tokens in zip(range(examples), documents(directory, manifest), strict=False):
+        for number, tokens in zip(range(examples * len(names)), documents(directory, manifest), strict=False):
             text = vocabulary.decode([int(token) for token in tokens[: 4 * characters]])
             if not isinstance(text, str):  # Symbols, pixels and samples of labelled tasks.
                 text = " ".join(map(str, text))
             shown = text[:characters] + (" …" if len(text) > characters or len(tokens) > 4 * characters else "")
             lines += [
-                f"  ┌── document {number}, {len(tokens):,} tokens",
+                f"  ┌── {names[number % len(names)]} {number // len(names)}, {len(tokens):,} tokens",
                 *(f"  │ {line}" for line in shown.split("\n")),
             ]
-            lines.append("  └── end of document")
+            lines.append(f"  └── end of {names[number % len(names)]}")
     return "\n".join(lines)
 
 

@@ -1,5 +1,7 @@
 """What `tasks.inspect` says of a small corpus, against counting by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,16 @@ def test_it_shows_documents_counts_and_padding(tmp_path, monkeypatch, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"'texts' has no split 'test'; it has train, validation"):
         inspect.main([*command, "--split=test"])
+
+
+def test_it_shows_the_texts_of_pairs_by_their_names(tmp_path, monkeypatch, capsys):
+    pairs = ({"document": "abc", "summary": "a"}, {"document": "xyz", "summary": "y"})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    monkeypatch.setenv("T5X_SSM_SUMMARIZATION", str(tmp_path))
+    inspect.main(["--mixture=summarization", f"--output_dir={tmp_path / 'cache'}", "--histogram=", "--examples=1"])
+    out = capsys.readouterr().out
+    assert "┌── inputs 0, 15 tokens\n  │ summarize: abc\n  └── end of inputs\n  ┌── targets 0, 2 tokens\n  │ a\n" in out
+    assert out.endswith("└── end of targets\n") and "windows" not in out
 
 
 def test_padding_by_hand():
