@@ -66,8 +66,7 @@ def variable(corpus: str) -> str:
 def bound(parameter: str, default: Any = None) -> Any:
     """The value that gin has for a parameter here.
 
-    It is looked up and not called for: gin writes what is called into a run's configuration, which then could only be read
-    where these modules have been imported.
+    It is looked up and not called for, so that gin's operative configuration does not have it; `given` has.
     """
     if gin is None:
         return default
@@ -108,11 +107,11 @@ def given() -> dict[str, Any]:
     return {name: bound(name) for name in names}
 
 
-def check(names: Sequence[str] = NAMES) -> None:
+def check() -> None:
     """Raises CorpusError, with the nearest names, if gin sets the place of something that is no corpus."""
     for scope, selector in set_in_gin():
-        if selector == _LOCATION and scope not in names:
-            near = difflib.get_close_matches(scope, names, n=3, cutoff=0.5) or sorted(names)
+        if selector == _LOCATION and scope not in NAMES:
+            near = difflib.get_close_matches(scope, NAMES, n=3, cutoff=0.5) or sorted(NAMES)
             raise CorpusError(f"{scope}{_PLACE} is set, but no corpus is named {scope!r}. There is {', '.join(near)}.")
 
 
