@@ -131,6 +131,9 @@ def test_an_encoder_decoder_from_span_corruption_to_summaries(tmp_path):
     share = exact(tuned / "inference")
     assert share >= 0.9
     check_metrics(tuned / "inference", share)
+    searched = [f"--model_dir={tuned}", "--inputs_length=28", "--max_new_tokens=16", "--batch_size=10", "--beams=3"]
+    assert infer.main([*searched, f"--output_dir={tmp_path}/beams"]) == 0
+    assert exact(tmp_path / "beams") >= 0.9
     assert evaluation.main([f"--model_dir={tuned}"]) == 0
     found = json.loads((tuned / "evaluation/eval_results.json").read_text())["tasks"]["summarization"]
     # Five bytes a word, and its end.
