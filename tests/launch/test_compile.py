@@ -14,7 +14,7 @@ from training_command import ROOT
 
 from launch import chips, roofline
 from launch import compile as compile_lib
-from launch.hlo import Collective, Costs
+from launch.costs import Collective, Costs
 from t5x_ssm import config as config_lib
 from t5x_ssm.errors import UserError
 
