@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
@@ -148,6 +150,36 @@ def test_few_beams_find_what_a_search_of_lists_finds(searched):
     lengths = {key: np.count_nonzero(tokens, axis=1) for key, tokens in best.items()}
     assert (lengths[0.0, EOS] < LONGEST).any() and (lengths[2.0, EOS] > lengths[0.0, EOS]).any()
     assert (lengths[1.0, None] == LONGEST).all()
+
+
+class Bigram:
+    """A network whose logits depend on the last token alone: its parameters are their table [5, 5]."""
+
+    scan_layers, vocab_size = False, 5
+
+    def apply(self, variables, tokens, targets, **call):
+        del targets, call
+        return variables["params"][tokens], {"cache": {"rows": jnp.zeros(len(tokens))}}
+
+
+def test_a_search_does_not_end_before_what_it_would_still_find():
+    """Of many languages, each alone: rows wait for each other. The longer a text, the more the penalty favours it."""
+    searcher = BeamSearcher(Generator(Bigram(), np.zeros((5, 5), np.float32)))
+    for seed in range(60):
+        # Ends are likely at first, and a text that goes on is likely to have few ways to do so.
+        table = 4 * np.random.default_rng(seed).normal(size=(5, 5)).astype(np.float32)
+        table[0, EOS] += 6
+        log_p = scipy.special.log_softmax(np.float64(table), axis=-1)
+
+        def score(_, text, length_penalty, log_p=log_p):
+            total = sum(log_p[before, token] for before, token in zip([0, *text], text, strict=False))
+            return total / ((5 + len(text)) / 6) ** length_penalty
+
+        language = searcher.with_params(table)
+        for alpha in (1.0, 2.0, 4.0):
+            state = language.generator.start(1)
+            found = language.search(state, LONGEST, 2, length_penalty=alpha, sampling=SETTINGS, eos_id=EOS)
+            compare(found, 0, search_of_lists(types.SimpleNamespace(score=score), 0, LONGEST, 2, alpha, EOS))
 
 
 def test_settings_without_a_meaning_are_refused(searched):
