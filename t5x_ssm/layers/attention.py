@@ -162,7 +162,7 @@ class Attention(nn.Module):
             if self.rotary:
                 q, k = rotate(q, positions), rotate(k, positions)
             if local:
-                out = self._blockwise(q, k, v, positions, segments, attend, regular=regular, biased=bias is not None)
+                out = self._blockwise(q, k, v, positions, segments, attend, regular=regular)
             else:
                 here = Places(positions, segments)
                 in_order = None if self.span != "full" else "causal" if self.causal else "full"
@@ -184,14 +184,13 @@ class Attention(nn.Module):
             visible &= _same_segment(at, to)
         return visible
 
-    def _blockwise(self, q, k, v, positions, segments, attend, *, regular, biased):
+    def _blockwise(self, q, k, v, positions, segments, attend, *, regular):
         """Local attention in blocks of `window`: each block of queries sees its own and the neighbouring blocks.
 
         Args:
           positions: int [B or 1, L].
           segments: int [B or 1, L] or None.
-          regular: positions simply count from 0, so that blocks are chunks.
-          biased: `attend` has a relative bias.
+          regular: positions simply count from 0, so that blocks are chunks and all blocks share one relative bias.
         """
         length, window = positions.shape[1], self.window
         count = sequence.pieces(length)
@@ -209,11 +208,10 @@ class Attention(nn.Module):
         segments = jnp.ones_like(positions) if segments is None else segments
         at = Places(blocks(positions, per_token), blocks(segments, per_token, fill=-1))
         to = Places(context(positions, per_token), context(segments, per_token, fill=-1))
-        if regular and biased:
-            # Counted from the block, so that all blocks share one bias.
+        if regular:
             first = 0 if alone else -window
-            at = at._replace(positions=jnp.arange(window, dtype=jnp.int32)[None, None])
-            to = to._replace(positions=jnp.arange(first, first + to.positions.shape[-1], dtype=jnp.int32)[None, None])
+            at = at._replace(shared=jnp.arange(window, dtype=jnp.int32)[None, None])
+            to = to._replace(shared=jnp.arange(first, first + to.positions.shape[-1], dtype=jnp.int32)[None, None])
         out = attend(blocks(q, per_head), context(k, per_head), context(v, per_head), at, to)
         return sequence.join_blocks(out, per_head, length)
 

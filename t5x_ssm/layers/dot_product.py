@@ -36,10 +36,18 @@ PAIRS_SCOPE = "attention_pairs_"
 
 
 class Places(NamedTuple):
-    """Where tokens stand: positions int [.., N] and segments int [.., N], either None where nobody asks for it."""
+    """Where tokens stand; None for what nobody asks for.
+
+    Attributes:
+      positions: int [.., N].
+      segments: int [.., N].
+      shared: int [.., N], positions but for a number that queries and keys have in common, where more rows than `positions` has
+        are alike in that: a relative bias is then made once for them.
+    """
 
     positions: Array | None = None
     segments: Array | None = None
+    shared: Array | None = None
 
 
 # From places [.., Q] and [.., K] to whether the query sees the key, bool [.., Q, K].
@@ -96,7 +104,7 @@ def _dense(q, k, v, at, to, *, visible, bias, dropout):
     at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("...qhgd,...khd->...hgqk", q, k, preferred_element_type=at_least_float32)
     if bias is not None:
-        added = bias(at.positions, to.positions)
+        added = bias(*(places.positions if places.shared is None else places.shared for places in (at, to)))
         logits = logits + added.reshape(*added.shape[:-3], k.shape[-2], groups, *added.shape[-2:])
     logits = jnp.where(visible(at, to)[..., None, None, :, :], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
