@@ -247,16 +247,17 @@ class Attention(nn.Module):
             if self.rotary:
                 new_q, new_k = rotate(new_q, new_pos), rotate(new_k, new_pos)
             real = jnp.clip(consumed - offset, 0, size)
-            # Tokens beyond a row's length are sent to a slot that does not exist, and dropped. Full attention has a slot for each,
-            # which counts as empty again when this call is over.
-            kept = new_pos < slots if full else jnp.arange(size) < real[:, None]
+            # Tokens beyond a row's length are sent to a slot that does not exist, and dropped. In a prompt, full attention has a slot
+            # for each, which counts as empty again when this call is over.
+            roomy = full and size > 1
+            kept = new_pos < slots if roomy else jnp.arange(size) < real[:, None]
             target = jnp.where(kept, new_pos % slots, slots)
             rows = jnp.arange(batch)[:, None]
             written_k = ring_k.at[rows, target].set(new_k.astype(ring_k.dtype), mode="drop")
             written_v = ring_v.at[rows, target].set(new_v.astype(ring_v.dtype), mode="drop")
             if full or size == 1:
                 # The ring holds all that is seen: a single token takes the place of one that no local span still sees.
-                held = jnp.minimum(count + size, slots) if full else count + real
+                held = jnp.minimum(count + size, slots) if roomy else count + real
                 seen_k, seen_v, k_pos = written_k, written_v, _held(held, slots)
             else:
                 seen_k = jnp.concatenate([ring_k, new_k.astype(ring_k.dtype)], axis=1)
