@@ -29,6 +29,8 @@ SHORTEST = 32
 class EncodedNetwork:
     """The decoder of an encoder-decoder under the signature of a decoder-only network, for inputs that were read before.
 
+    A cache is of the inputs that it was made with.
+
     Its parameters are {'network': the module's, 'encoded': float [B, S, D], 'inputs': int [B, S]}.
 
     Attributes:
@@ -44,7 +46,8 @@ class EncodedNetwork:
         """As a decoder-only module's `apply`; arguments as in `models.encoder_decoder.EncoderDecoder.decode`."""
         given = variables["params"]
         own = {**variables, "params": given["network"]}
-        return self.network.apply(own, given["encoded"], given["inputs"], tokens, targets, method="decode", **call)
+        inputs = given["encoded"], given["inputs"]
+        return self.network.apply(own, *inputs, tokens, targets, method="decode", keep_encoded=True, **call)
 
 
 class PairGenerator:

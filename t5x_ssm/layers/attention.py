@@ -11,7 +11,8 @@ What a query at document position i may see among keys at positions j of the sam
 A chunk is `window` consecutive positions counted from the start of the document, so a packed batch gives what its documents
 give alone. The sliding window of radius r in LongT5's and SPADE's terms is window = r + 1.
 All spans take memory linear in the length: local ones are computed blockwise, full attention as `dot_product` says. The decode cache
-of local spans holds `window` keys however long the text; full attention caches every key.
+of local spans holds `window` keys however long the text; full attention caches every key; cross-attention, when asked to keep
+what was encoded (`keep_encoded`), its keys and values.
 Collectives under model sharding (heads): one all-reduce of the output projection; none inside attention. Under sequence
 sharding local spans receive the `window` keys and values before their own (and after, when not causal); full attention,
 cross-attention and a text no longer than `window` gather all keys and values.
@@ -37,6 +38,8 @@ from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
 SPANS = ("full", "sliding", "chunk")
+# What cross-attention keeps in the cache of the encoder's output.
+ENCODED_KEY, ENCODED_VALUE = "encoded_key", "encoded_value"
 
 
 class Attention(nn.Module):
@@ -120,11 +123,14 @@ class Attention(nn.Module):
             return constrain(y.reshape(*y.shape[:-1], heads, head_dim), ("batch", length_axis, "heads", None))
 
         source = run.encoded if self.cross else x
-        q, k, v = (
-            project("query", x, self.num_heads, q_length),
-            project("key", source, kv_heads, k_length),
-            project("value", source, kv_heads, k_length),
-        )
+        q = project("query", x, self.num_heads, q_length)
+        if self.cross and cached and run.keep_encoded:
+            # All tokens see the same keys and values, which cost more than all else of a step.
+            keep = functools.partial(partitioning.variable_with_axes, "cache", axes=("batch", None, "heads", None))
+            k = keep(ENCODED_KEY, lambda: project("key", source, kv_heads, None)).value
+            v = keep(ENCODED_VALUE, lambda: project("value", source, kv_heads, None)).value
+        else:
+            k, v = project("key", source, kv_heads, k_length), project("value", source, kv_heads, k_length)
         q = q * (head_dim**-0.5 if self.scale is None else self.scale)
         table = run.bias_table if self.shared_bias else None
         if self.relative_bias:

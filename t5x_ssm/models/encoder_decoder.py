@@ -150,12 +150,16 @@ class EncoderDecoder(nn.Module):
         max_decode_length: int | None = None,
         prefill: bool = False,
         prefill_lengths: Array | None = None,
+        keep_encoded: bool = False,
     ) -> Array:
         """Logits float32 [B, L, vocab_size] of the next token; arguments as in `models.decoder.Decoder`.
 
         Args:
           encoded: [B, S, D], what `encode` gave.
           encoder_input_tokens: int [B, S], for its padding.
+          keep_encoded: in all calls of a cache, from the one that makes it on: it holds what cross-attention makes of `encoded`,
+            which costs B·S·D a layer and spares its projection at every token. T5X, which makes its caches before it
+            encodes, leaves it False.
         """
         del decoder_target_tokens, max_decode_length
         cached = {"decode": decode, "prefill": prefill, "prefill_lengths": prefill_lengths}
@@ -168,7 +172,7 @@ class EncoderDecoder(nn.Module):
             encoded_segment_ids=encoder_segment_ids,
             prefill_lengths=prefill_lengths,
         )
-        x = self._run("decoder", x, context, Mode(enable_dropout, decode, prefill))
+        x = self._run("decoder", x, context, Mode(enable_dropout, decode, prefill, keep_encoded))
         if self.logits_via_embedding:
             logits = self.token_embedder.attend(x * self.logits_scale)
         else:

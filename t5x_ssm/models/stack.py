@@ -50,6 +50,7 @@ class Mode:
     enable_dropout: bool = True
     decode: bool = False
     prefill: bool = False
+    keep_encoded: bool = False
 
 
 def refuse_batch_norm(norm: Factory) -> None:

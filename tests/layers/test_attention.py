@@ -109,6 +109,23 @@ def test_cross_attention_sees_unmasked_encodings():
         np.testing.assert_allclose(y[b], expected, rtol=1e-5, atol=2e-6)
 
 
+def test_cross_attention_projects_kept_encodings_once():
+    """Every step gives what the whole call gives, whatever is handed in as `encoded` after the cache was made."""
+    layer, params, x = setup(cross=True, num_kv_heads=2)
+    encoded = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, WIDTH)).astype(np.float32))
+    mask = jnp.array([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
+    expected = apply(layer, params, x, encoded=encoded, encoded_mask=mask)
+    call = {"encoded_mask": mask, "keep_encoded": True, "enable_dropout": False, "decode": True, "mutable": ["cache"]}
+    _, made = layer.apply({"params": params}, x[:, :1], encoded=encoded, **call)
+    assert {name: leaf.shape for name, leaf in made["cache"].items()} == dict.fromkeys(
+        ("encoded_key", "encoded_value"), (2, 7, 2, WIDTH // 4)
+    )
+    for t in range(3):
+        variables = {"params": params, "cache": made["cache"]}
+        y, made = layer.apply(variables, x[:, t : t + 1], encoded=jnp.full_like(encoded, jnp.nan), **call)
+        np.testing.assert_allclose(y[:, 0], expected[:, t], rtol=1e-5, atol=2e-6)
+
+
 def test_cross_attention_stays_within_packed_pairs():
     layer, params, x = setup(cross=True)
     encoded = np.random.default_rng(1).normal(size=(2, 7, WIDTH)).astype(np.float32)
