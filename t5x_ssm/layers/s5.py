@@ -10,8 +10,9 @@ channels drive and read, so that it mixes them itself, then a nonlinearity:
     "full_glu":   G = GELU(Y),  O = (G W' + b') * sigmoid(G W + b)
 
 X is the normalized input and the residual is added outside. Dropout, one mask for all positions, is on G and on O.
-Collectives under model sharding: the state space is whole on every device of the `model` axis, which is what a state that
-all channels share costs; a gate gathers sigmoid(·) [B, L, D] after its product, and "full_glu" its other factor.
+Collectives under model sharding: the state space is cut by modes (`parallel.split_modes`), so its output [B, L, D] is added up over the
+devices, and backwards the gradient of its input; a gate gathers sigmoid(·) [B, L, D] after its product, and "full_glu" its other
+factor.
 """
 
 import functools
@@ -28,6 +29,7 @@ from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
 from t5x_ssm.layers.settings import require_choice, require_positive, require_steps, settings_of
 from t5x_ssm.parallel.shard import constrain
+from t5x_ssm.parallel.split_modes import LOGICAL_AXIS, split_modes
 from t5x_ssm.ssm import initialization, multi_input
 
 Array = jax.Array
@@ -114,16 +116,15 @@ class S5StateSpace(S5Settings):
             step_rescale=self.step_rescale,
         )
         system = discretize(c_re=started("c_re", *c), c_im=started("c_im", *c))
-        axes = CoreAxes(
-            jax.tree.map(lambda leaf: (None,) * leaf.ndim, system), ("batch", None, None), (("batch", None),) * 2
-        )
+        core = split_modes(multi_input, modes)
+        axes = CoreAxes(_system_axes(system), ("batch", None, None), (("batch", LOGICAL_AXIS),) * 2)
         if not self.bidirectional:
-            return run_state_space(self, multi_input, system, u, axes, run)
+            return run_state_space(self, core, system, u, axes, run)
         backward = discretize(
             c_re=param("c_backward_re", lambda *_: backward_start()[0], *c),
             c_im=param("c_backward_im", lambda *_: backward_start()[1], *c),
         )
-        y = run_bidirectional(multi_input, system, backward, u, axes, run, future_has_present=True)
+        y = run_bidirectional(core, system, backward, u, axes, run, future_has_present=True)
         return y, None
 
     def _check(self):
@@ -138,6 +139,19 @@ class S5StateSpace(S5Settings):
         require_steps("S5StateSpace", self.step_min, self.step_max)
         if not self.step_rescale > 0:
             raise UserError(f"S5StateSpace.step_rescale = {self.step_rescale}; it must be positive.")
+
+
+def _system_axes(system: multi_input.MultiInput) -> multi_input.MultiInput:
+    of_inputs, of_outputs, of_modes = (LOGICAL_AXIS, None), (None, LOGICAL_AXIS), (LOGICAL_AXIS,)
+    return multi_input.MultiInput(
+        pole=jax.tree.map(lambda _: of_modes, system.pole),
+        b_re=of_inputs,
+        b_im=of_inputs,
+        c_re=of_outputs,
+        c_im=of_outputs,
+        d=(None,),
+        whole_turns=None if system.whole_turns is None else of_modes,
+    )
 
 
 class S5(S5Settings):

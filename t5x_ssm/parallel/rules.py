@@ -23,7 +23,8 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("joined_kv", "model"),
     ("channels", "model"),  # the independent systems of a state-space bank
     ("embed", "fsdp"),
-    # The state of one system, N of a bank or P of S5: parameters lie so, and cores are given them whole.
+    ("shared_modes", "model"),  # P of S5 in its core: what all channels share is cut by modes
+    # The state of one system, N of a bank or P of S5: parameters lie so, and cores of banks are given them whole.
     ("modes", "fsdp"),
     ("kv", None),
     ("relpos_buckets", None),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from t5x_ssm.parallel import rules
-from t5x_ssm.parallel.shard import current_mesh, inside_shard_map, shard
+from t5x_ssm.parallel.shard import cut, shard
 
 Array = jax.Array
 
@@ -30,11 +30,7 @@ Array = jax.Array
 
 def pieces(length: int) -> int:
     """Into how many pieces a length of the whole sequence is cut here: 1 without a mesh, or where it does not divide."""
-    mesh = current_mesh()
-    if mesh is None or inside_shard_map():
-        return 1
-    (axis,) = rules.usable(rules.mesh_axes(("length",)), (length,), mesh)
-    return 1 if axis is None else mesh.shape[axis]
+    return cut("length", length)[1]
 
 
 def chunked(

@@ -70,6 +70,15 @@ def shard(function: Callable, in_axes: LogicalAxes, out_axes: LogicalAxes) -> Ca
     return wrapped
 
 
+def cut(logical_axis: str, size: int) -> tuple[str | None, int]:
+    """Over which mesh axis `shard` cuts a dimension that has one axis in the rules, and into how many pieces: None and 1 for none."""
+    mesh = current_mesh()
+    if mesh is None or inside_shard_map():
+        return None, 1
+    (axis,) = rules.usable(rules.mesh_axes((logical_axis,)), (size,), mesh)
+    return axis, 1 if axis is None else mesh.shape[axis]
+
+
 def inside_shard_map() -> bool:
     """Whether a surrounding shard_map has already made the arrays local."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -54,11 +54,11 @@ MIXERS = {
     "s4 glu": (functools.partial(S4, state_size=4), {("all-reduce", ROW): 2}),
     "s4d": (functools.partial(S4D, state_size=4, output="linear"), {("all-reduce", ROW): 1}),
     "dss": (functools.partial(DSS, state_size=3), {("all-reduce", ROW): 1}),
-    # Its state space is whole on every device: the gate is gathered, and backwards its gradients are summed.
-    "s5": (functools.partial(S5, state_size=4), {("all-gather", ROW): 2, ("all-reduce", ROW): 2}),
+    # What the modes of a device give is summed, and backwards its input's gradient; the gate is gathered, and its gradients summed.
+    "s5": (functools.partial(S5, state_size=4), {("all-gather", ROW): 2, ("all-reduce", ROW): 3}),
     "s5 operator": (
         functools.partial(GatedOperator, state_space=functools.partial(S5StateSpace, state_size=6, conj_sym=False)),
-        {("all-gather", ROW): 2, ("all-reduce", ROW): 5},
+        {("all-gather", ROW): 2, ("all-reduce", ROW): 6},
     ),
     "full attention": (functools.partial(Attention, num_heads=2, span="full", rotary=True), PROJECTIONS),
     "sliding attention": (LOCAL_ATTENTION, PROJECTIONS),

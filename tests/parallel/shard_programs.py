@@ -104,6 +104,32 @@ def check_state_spaces_communicate_nothing():
             assert collective not in text, collective
 
 
+def check_a_state_that_channels_share_is_cut_by_modes():
+    from t5x_ssm.layers.mixer import Run
+    from t5x_ssm.layers.s5 import S5StateSpace
+
+    module = S5StateSpace(state_size=16)
+    params = module.init(jax.random.key(0), U, Run())["params"]
+    lengths = jnp.arange(4) + 2
+    mesh = make_mesh(MeshConfig(data=2, model=4))
+
+    def write(u):
+        (prefix, _), cache = module.apply(
+            {"params": params}, u, Run(prefill=True, prefill_lengths=lengths), mutable=["cache"]
+        )
+        (token, _), cache = module.apply({"params": params, **cache}, u[:, :1], Run(decode=True), mutable=["cache"])
+        return prefix, token, cache
+
+    *expected, cache = jax.jit(write)(U)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(write).lower(jax.device_put(U, rules.batch_sharding(mesh, 3))).compile()
+        *found, cache_on_mesh = compiled(U)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), cache_on_mesh, cache)
+    # Of 4 rows and 8 modes a device has 2 and 2.
+    assert {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(cache_on_mesh)} == {(2, 2)}
+
+
 def check_an_embedding_moves_its_table_and_no_tokens():
     from t5x_ssm.layers.basic import Embed
 

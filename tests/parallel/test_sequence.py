@@ -42,7 +42,7 @@ def test_communication_does_not_grow_with_the_length(names):
 
 @pytest.mark.slow
 def test_a_state_comes_in_and_goes_out():
-    run("a_state_comes_in_and_goes_out", ("gss", "h3", "s4"))
+    run("a_state_comes_in_and_goes_out", ("gss", "h3", "s4", "s5"))
 
 
 @pytest.mark.slow
