@@ -20,7 +20,6 @@ from flax import struct
 from t5x_ssm.errors import UserError
 from t5x_ssm.inference.decoding import NO_TOKEN, PAD, DecodeState, Generator, advance
 from t5x_ssm.inference.sampling import GREEDY, Sampling, allowed
-from t5x_ssm.layers.attention import ENCODED_KEY, ENCODED_VALUE
 
 Array = jax.Array
 
@@ -159,14 +158,9 @@ class BeamSearcher:
             )
             best, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, best), beams)
             parent = (jnp.arange(rows)[:, None] * beams + _take(parent, kept)).reshape(-1)
-
-            def of_parents(path, leaf):
-                # What was encoded is the same for all beams of a row.
-                common = path[-1].key in (ENCODED_KEY, ENCODED_VALUE)
-                return leaf if common else jnp.take(leaf, parent, axis=self.generator.batch_axis)
-
+            axis = self.generator.batch_axis
             state = DecodeState(
-                jax.tree_util.tree_map_with_path(of_parents, cache),
+                jax.tree.map(lambda leaf: jnp.take(leaf, parent, axis=axis), cache),
                 token=_take(token, kept).reshape(-1),
                 consumed=jnp.take(search.state.consumed, parent) + 1,
                 capacity=search.state.capacity,

@@ -1,8 +1,7 @@
 """Target texts after input texts with an encoder-decoder: writing them token by token, and scoring given ones.
 
 To write, the inputs are read once. The decoder is driven by `inference.decoding.Generator`, which knows decoder-only
-networks: `EncodedNetwork` is one, whose "parameters" are those of the network together with what its encoder made of the
-inputs.
+networks: `EncodedNetwork` is one, whose "parameters" are those of the network together with what was made of the inputs.
 """
 
 import functools
@@ -19,6 +18,7 @@ from t5x_ssm.inference.beam_search import Beams, BeamSearcher
 from t5x_ssm.inference.decoding import Generator, Stream
 from t5x_ssm.inference.sampling import GREEDY, Sampling
 from t5x_ssm.inference.scoring import Scores, score_batch
+from t5x_ssm.layers.attention import ENCODED
 from t5x_ssm.models.objectives import SequenceToSequence
 
 Array = jax.Array
@@ -29,9 +29,7 @@ SHORTEST = 32
 class EncodedNetwork:
     """The decoder of an encoder-decoder under the signature of a decoder-only network, for inputs that were read before.
 
-    A cache is of the inputs that it was made with.
-
-    Its parameters are {'network': the module's, 'encoded': float [B, S, D], 'inputs': int [B, S]}.
+    Its parameters are {'network': the module's, 'encoded': what `read_inputs` gives, 'inputs': int [B, S]}.
 
     Attributes:
       network: a module under T5X's encoder-decoder signature.
@@ -45,9 +43,16 @@ class EncodedNetwork:
     def apply(self, variables: dict[str, Any], tokens: Array, targets: Array, **call: Any) -> Any:
         """As a decoder-only module's `apply`; arguments as in `models.encoder_decoder.EncoderDecoder.decode`."""
         given = variables["params"]
-        own = {**variables, "params": given["network"]}
-        inputs = given["encoded"], given["inputs"]
-        return self.network.apply(own, *inputs, tokens, targets, method="decode", keep_encoded=True, **call)
+        own = {**variables, "params": given["network"], ENCODED: given["encoded"]}
+        return self.network.apply(own, None, given["inputs"], tokens, targets, method="decode", **call)
+
+
+def read_inputs(network: nn.Module, params: Any, inputs: Array) -> Any:
+    """The keys and values that the decoder's layers make of inputs, int [B, S]: a tree with a cache's batch axes."""
+    encoded = network.apply({"params": params}, inputs, enable_dropout=False, method="encode")
+    token = jnp.zeros((inputs.shape[0], 1), jnp.int32)
+    settings = {"enable_dropout": False, "method": "decode", "mutable": [ENCODED]}
+    return network.apply({"params": params}, encoded, inputs, token, token, **settings)[1][ENCODED]
 
 
 class PairGenerator:
@@ -65,13 +70,9 @@ class PairGenerator:
           params: its parameters.
         """
         self.network, self.params = network, params
-
-        def encode(params: Any, inputs: Array) -> Array:
-            return network.apply({"params": params}, inputs, enable_dropout=False, method="encode")
-
-        self._encode = jax.jit(encode)
+        self._encode = jax.jit(functools.partial(read_inputs, network))
         one = jax.ShapeDtypeStruct((1, SHORTEST), jnp.int32)
-        shapes = {"network": params, "encoded": jax.eval_shape(encode, params, one), "inputs": one}
+        shapes = {"network": params, "encoded": jax.eval_shape(self._encode, params, one), "inputs": one}
         self._generator = Generator(EncodedNetwork(network), shapes)
         self._searcher = BeamSearcher(self._generator)
 
@@ -105,7 +106,11 @@ class PairGenerator:
         """
         given = self._read(inputs, max_new_tokens)
         state = self._generator.with_params(given).start(given["inputs"].shape[0], max_new_tokens)
-        repeated = {name: jnp.repeat(given[name], beams, axis=0) for name in ("encoded", "inputs")}
+        axis = self._generator.batch_axis
+        repeated = {
+            "encoded": jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, axis=axis), given["encoded"]),
+            "inputs": jnp.repeat(given["inputs"], beams, axis=0),
+        }
         return self._searcher.with_params({**given, **repeated}).search(state, max_new_tokens, beams, **settings)
 
     def _read(self, inputs: np.ndarray, max_new_tokens: int) -> dict[str, Any]:

@@ -11,8 +11,8 @@ What a query at document position i may see among keys at positions j of the sam
 A chunk is `window` consecutive positions counted from the start of the document, so a packed batch gives what its documents
 give alone. The sliding window of radius r in LongT5's and SPADE's terms is window = r + 1.
 All spans take memory linear in the length: local ones are computed blockwise, full attention as `dot_product` says. The decode cache
-of local spans holds `window` keys however long the text; full attention caches every key; cross-attention, when asked to keep
-what was encoded (`keep_encoded`), its keys and values.
+of local spans holds `window` keys however long the text; full attention caches every key; cross-attention caches nothing, but has
+its keys and values apart (`ENCODED`).
 Collectives under model sharding (heads): one all-reduce of the output projection; none inside attention. Under sequence
 sharding local spans receive the `window` keys and values before their own (and after, when not causal); full attention,
 cross-attention and a text no longer than `window` gather all keys and values.
@@ -38,8 +38,9 @@ from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
 SPANS = ("full", "sliding", "chunk")
-# What cross-attention keeps in the cache of the encoder's output.
-ENCODED_KEY, ENCODED_VALUE = "encoded_key", "encoded_value"
+# A collection of the keys and values that cross-attention makes of the encoder's output. Where it may be written it is made; where it is
+# given it stands for `encoded`, and a token costs no projection of what was encoded.
+ENCODED = "encoded"
 
 
 class Attention(nn.Module):
@@ -90,7 +91,7 @@ class Attention(nn.Module):
             raise UserError(f"Attention.span = {self.span!r}; it is one of {', '.join(SPANS)}.")
         if return_state or run.initial_state is not None:
             raise UserError("Attention passes its state through the decode cache (prefill=True), not initial_state.")
-        if self.cross and run.encoded is None:
+        if self.cross and run.encoded is None and not self.has_variable(ENCODED, "keys"):
             raise UserError("Attention.cross = True attends to an encoder's output, and none was given (encoded).")
         if self.cross and (self.relative_bias or self.shared_bias or self.rotary):
             raise UserError(
@@ -124,13 +125,11 @@ class Attention(nn.Module):
 
         source = run.encoded if self.cross else x
         q = project("query", x, self.num_heads, q_length)
-        if self.cross and cached and run.keep_encoded:
-            # All tokens see the same keys and values, which cost more than all else of a step.
-            keep = functools.partial(partitioning.variable_with_axes, "cache", axes=("batch", None, "heads", None))
-            k = keep(ENCODED_KEY, lambda: project("key", source, kv_heads, None)).value
-            v = keep(ENCODED_VALUE, lambda: project("value", source, kv_heads, None)).value
+        keys, values = (functools.partial(project, name, source, kv_heads, k_length) for name in ("key", "value"))
+        if self.cross and (self.has_variable(ENCODED, "keys") or self._keeps_encoded()):
+            k, v = self.variable(ENCODED, "keys", keys).value, self.variable(ENCODED, "values", values).value
         else:
-            k, v = project("key", source, kv_heads, k_length), project("value", source, kv_heads, k_length)
+            k, v = keys(), values()
         q = q * (head_dim**-0.5 if self.scale is None else self.scale)
         table = run.bias_table if self.shared_bias else None
         if self.relative_bias:
@@ -150,7 +149,7 @@ class Attention(nn.Module):
         )
 
         if self.cross:
-            at, to = _across(x, run)
+            at, to = _across(x, k, run)
             out = attend(q, k, v, at, to, visible=_same_segment)
         elif cached:
             out = self._cached(q, k, v, run, attend)
@@ -177,6 +176,10 @@ class Attention(nn.Module):
         out = out.reshape(batch, length, self.num_heads * head_dim)
         out_init = self.out_kernel_init or self.kernel_init
         return Dense(width, ("joined_kv", "embed"), self.use_bias, self.dtype, out_init, name="out")(out)
+
+    def _keeps_encoded(self) -> bool:
+        # A module that is initialized may write into every collection.
+        return self.is_mutable_collection(ENCODED) and not self.is_initializing()
 
     def _visible(self, at: Places, to: Places) -> Array:
         """Which keys [.., K] each query [.., Q] sees: bool [.., Q, K]."""
@@ -293,11 +296,11 @@ def _same_segment(at: Places, to: Places) -> Array:
     return at.segments[..., :, None] == to.segments[..., None, :]
 
 
-def _across(x: Array, run: Run) -> tuple[Places, Places]:
-    """Places of queries and of the encoder's tokens; segment -1 is nobody's."""
+def _across(x: Array, k: Array, run: Run) -> tuple[Places, Places]:
+    """Places of queries of x [B, L, …] and of the encoder's tokens of k [B, S, …]; segment -1 is nobody's."""
     packed = run.segment_ids is not None and run.encoded_segment_ids is not None
     at = run.segment_ids if packed else jnp.ones(x.shape[:2], jnp.int32)
-    to = run.encoded_segment_ids if packed else jnp.ones(run.encoded.shape[:2], jnp.int32)
+    to = run.encoded_segment_ids if packed else jnp.ones(k.shape[:2], jnp.int32)
     if run.encoded_mask is not None:
         to = jnp.where(run.encoded_mask > 0, to, -1)
     return Places(segments=at), Places(segments=to)

@@ -3,7 +3,7 @@
 Every mixer (attention or state space) is a linen module whose fields are its configuration and whose call is
 
     y_BLD = mixer(x_BLD, *, segment_ids=None, positions=None, padding_mask=None, encoded=None, encoded_mask=None,
-                  enable_dropout=True, decode=False, prefill=False, prefill_lengths=None, keep_encoded=False,
+                  enable_dropout=True, decode=False, prefill=False, prefill_lengths=None,
                   initial_state=None, return_state=False)
 
 and returns (y, state) when `return_state` is set. Decode state lives in the `cache` collection, every leaf batch-first:
@@ -46,7 +46,6 @@ class Run:
     decode: bool = False
     prefill: bool = False
     prefill_lengths: Array | None = None  # [B] int
-    keep_encoded: bool = False  # the cache is made for this `encoded`, which cross-attention does not look at again
     initial_state: Any = None
     return_state: bool = False
 

@@ -137,7 +137,7 @@ class EncoderDecoder(nn.Module):
 
     def decode(
         self,
-        encoded: Array,
+        encoded: Array | None,
         encoder_input_tokens: Array,
         decoder_input_tokens: Array,
         decoder_target_tokens: Array,
@@ -150,16 +150,13 @@ class EncoderDecoder(nn.Module):
         max_decode_length: int | None = None,
         prefill: bool = False,
         prefill_lengths: Array | None = None,
-        keep_encoded: bool = False,
     ) -> Array:
         """Logits float32 [B, L, vocab_size] of the next token; arguments as in `models.decoder.Decoder`.
 
         Args:
-          encoded: [B, S, D], what `encode` gave.
+          encoded: [B, S, D], what `encode` gave; None with the collection `layers.attention.ENCODED`, which a call that may write
+            it makes of `encoded`.
           encoder_input_tokens: int [B, S], for its padding.
-          keep_encoded: in all calls of a cache, from the one that makes it on: it holds what cross-attention makes of `encoded`,
-            which costs B·S·D a layer and spares its projection at every token. T5X, which makes its caches before it
-            encodes, leaves it False.
         """
         del decoder_target_tokens, max_decode_length
         cached = {"decode": decode, "prefill": prefill, "prefill_lengths": prefill_lengths}
@@ -172,7 +169,7 @@ class EncoderDecoder(nn.Module):
             encoded_segment_ids=encoder_segment_ids,
             prefill_lengths=prefill_lengths,
         )
-        x = self._run("decoder", x, context, Mode(enable_dropout, decode, prefill, keep_encoded))
+        x = self._run("decoder", x, context, Mode(enable_dropout, decode, prefill))
         if self.logits_via_embedding:
             logits = self.token_embedder.attend(x * self.logits_scale)
         else:

@@ -12,6 +12,7 @@ from flax.linen import partitioning
 from flax.struct import dataclass as pytree
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.layers.attention import ENCODED
 from t5x_ssm.layers.basic import LayerNorm
 from t5x_ssm.layers.batch_norm import BatchNorm
 from t5x_ssm.models import pattern as pattern_language
@@ -50,7 +51,6 @@ class Mode:
     enable_dropout: bool = True
     decode: bool = False
     prefill: bool = False
-    keep_encoded: bool = False
 
 
 def refuse_batch_norm(norm: Factory) -> None:
@@ -196,7 +196,7 @@ class Stack(nn.Module):
             if self.scan_layers:
                 scanned = partitioning.scan_with_axes(
                     body,
-                    variable_axes={"params": 0, "cache": 0, "batch_stats": 0},
+                    variable_axes={"params": 0, "cache": 0, "batch_stats": 0, ENCODED: 0},
                     split_rngs={"params": True, "dropout": True},
                     in_axes=nn.broadcast,
                     length=segment.repeats,

@@ -8,7 +8,7 @@ import pytest
 from tiny import jit, random_parameters
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.layers.attention import Attention
+from t5x_ssm.layers.attention import ENCODED, Attention
 from t5x_ssm.parallel.sequence import document_positions, document_starts
 
 WIDTH, LENGTH = 8, 13
@@ -109,21 +109,15 @@ def test_cross_attention_sees_unmasked_encodings():
         np.testing.assert_allclose(y[b], expected, rtol=1e-5, atol=2e-6)
 
 
-def test_cross_attention_projects_kept_encodings_once():
-    """Every step gives what the whole call gives, whatever is handed in as `encoded` after the cache was made."""
+def test_cross_attention_projects_what_was_encoded_once():
     layer, params, x = setup(cross=True, num_kv_heads=2)
     encoded = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, WIDTH)).astype(np.float32))
-    mask = jnp.array([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
-    expected = apply(layer, params, x, encoded=encoded, encoded_mask=mask)
-    call = {"encoded_mask": mask, "keep_encoded": True, "enable_dropout": False, "decode": True, "mutable": ["cache"]}
-    _, made = layer.apply({"params": params}, x[:, :1], encoded=encoded, **call)
-    assert {name: leaf.shape for name, leaf in made["cache"].items()} == dict.fromkeys(
-        ("encoded_key", "encoded_value"), (2, 7, 2, WIDTH // 4)
-    )
-    for t in range(3):
-        variables = {"params": params, "cache": made["cache"]}
-        y, made = layer.apply(variables, x[:, t : t + 1], encoded=jnp.full_like(encoded, jnp.nan), **call)
-        np.testing.assert_allclose(y[:, 0], expected[:, t], rtol=1e-5, atol=2e-6)
+    call = {"encoded_mask": jnp.array([[1, 1, 1, 1, 0, 0, 0], [1] * 7]), "enable_dropout": False}
+    expected, made = layer.apply({"params": params}, x, encoded=encoded, **call, mutable=[ENCODED])
+    assert jax.tree.map(jnp.shape, made[ENCODED]) == dict.fromkeys(("keys", "values"), (2, 7, 2, WIDTH // 4))
+    variables = {"params": {name: params[name] for name in ("query", "out")}, **made}
+    np.testing.assert_array_equal(layer.apply(variables, x, **call), expected)
+    assert ENCODED not in layer.init(jax.random.key(0), x, encoded=encoded)
 
 
 def test_cross_attention_stays_within_packed_pairs():
