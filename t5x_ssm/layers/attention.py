@@ -126,8 +126,10 @@ class Attention(nn.Module):
         source = run.encoded if self.cross else x
         q = project("query", x, self.num_heads, q_length)
         keys, values = (functools.partial(project, name, source, kv_heads, k_length) for name in ("key", "value"))
-        if self.cross and (self.has_variable(ENCODED, "keys") or self._keeps_encoded()):
-            k, v = self.variable(ENCODED, "keys", keys).value, self.variable(ENCODED, "values", values).value
+        kept = self.cross and (self.has_variable(ENCODED, "keys") or self._keeps_encoded())
+        if kept:
+            k = self.variable(ENCODED, "keys", lambda: _heads_first(keys())).value
+            v = self.variable(ENCODED, "values", lambda: _heads_first(values())).value
         else:
             k, v = keys(), values()
         q = q * (head_dim**-0.5 if self.scale is None else self.scale)
@@ -149,8 +151,8 @@ class Attention(nn.Module):
         )
 
         if self.cross:
-            at, to = _across(x, k, run)
-            out = attend(q, k, v, at, to, visible=_same_segment)
+            at, to = _across(x, k.shape[-2 if kept else -3], run)
+            out = attend(q, k, v, at, to, visible=_same_segment, heads_first=kept)
         elif cached:
             out = self._cached(q, k, v, run, attend)
         else:
@@ -232,8 +234,8 @@ class Attention(nn.Module):
         created = self.has_variable("cache", "cached_key")
         # T5X creates the cache by a call at full length: that length is all that full attention will ever hold.
         slots = length if self.span == "full" else self.window
-        axes = ("batch", None, "heads", None)
-        zeros = lambda: jnp.zeros((batch, slots, kv_heads, head_dim), self.dtype)
+        axes = ("batch", "heads", None, None)
+        zeros = lambda: jnp.zeros((batch, kv_heads, slots, head_dim), self.dtype)
         keys = partitioning.variable_with_axes("cache", "cached_key", zeros, axes=axes)
         values = partitioning.variable_with_axes("cache", "cached_value", zeros, axes=axes)
         seen = partitioning.variable_with_axes(
@@ -241,7 +243,7 @@ class Attention(nn.Module):
         )
         if run.decode and not created:
             return jnp.zeros_like(q)
-        slots, full = keys.value.shape[1], self.span == "full"
+        slots, full = keys.value.shape[2], self.span == "full"
         consumed = run.prefill_lengths
         if consumed is None:
             consumed = jnp.full((batch,), length, jnp.int32)
@@ -262,19 +264,20 @@ class Attention(nn.Module):
             kept = new_pos < slots if roomy else jnp.arange(size) < real[:, None]
             target = jnp.where(kept, new_pos % slots, slots)
             rows = jnp.arange(batch)[:, None]
-            written_k = ring_k.at[rows, target].set(new_k.astype(ring_k.dtype), mode="drop")
-            written_v = ring_v.at[rows, target].set(new_v.astype(ring_v.dtype), mode="drop")
+            written_k = ring_k.at[rows, :, target].set(new_k.astype(ring_k.dtype), mode="drop")
+            written_v = ring_v.at[rows, :, target].set(new_v.astype(ring_v.dtype), mode="drop")
             if full or size == 1:
                 # The ring holds all that is seen: a single token takes the place of one that no local span still sees.
                 held = jnp.minimum(count + size, slots) if roomy else count + real
                 seen_k, seen_v, k_pos = written_k, written_v, _held(held, slots)
             else:
-                seen_k = jnp.concatenate([ring_k, new_k.astype(ring_k.dtype)], axis=1)
-                seen_v = jnp.concatenate([ring_v, new_v.astype(ring_v.dtype)], axis=1)
+                seen_k = jnp.concatenate([ring_k, _heads_first(new_k).astype(ring_k.dtype)], axis=2)
+                seen_v = jnp.concatenate([ring_v, _heads_first(new_v).astype(ring_v.dtype)], axis=2)
                 k_pos = jnp.concatenate([_held(count, slots), new_pos], axis=1)
             at = Places(new_pos, jnp.ones_like(new_pos))
             to = Places(k_pos, (k_pos >= 0).astype(jnp.int32))
-            out = attend(new_q, seen_k.astype(new_q.dtype), seen_v.astype(new_q.dtype), at, to)
+            seen_k, seen_v = seen_k.astype(new_q.dtype), seen_v.astype(new_q.dtype)
+            out = attend(new_q, seen_k, seen_v, at, to, heads_first=True)
             return (written_k, written_v, count + real), out
 
         ring, outs = (keys.value, values.value, seen.value), []
@@ -296,11 +299,16 @@ def _same_segment(at: Places, to: Places) -> Array:
     return at.segments[..., :, None] == to.segments[..., None, :]
 
 
-def _across(x: Array, k: Array, run: Run) -> tuple[Places, Places]:
-    """Places of queries of x [B, L, …] and of the encoder's tokens of k [B, S, …]; segment -1 is nobody's."""
+def _heads_first(x: Array) -> Array:
+    """[B, N, heads, D] to [B, heads, N, D]."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _across(x: Array, length: int, run: Run) -> tuple[Places, Places]:
+    """Places of queries of x [B, L, …] and of the encoder's tokens, as many as `length`; segment -1 is nobody's."""
     packed = run.segment_ids is not None and run.encoded_segment_ids is not None
     at = run.segment_ids if packed else jnp.ones(x.shape[:2], jnp.int32)
-    to = run.encoded_segment_ids if packed else jnp.ones(k.shape[:2], jnp.int32)
+    to = run.encoded_segment_ids if packed else jnp.ones((x.shape[0], length), jnp.int32)
     if run.encoded_mask is not None:
         to = jnp.where(run.encoded_mask > 0, to, -1)
     return Places(segments=at), Places(segments=to)

@@ -68,12 +68,13 @@ def attention(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     in_order: str | None = None,
+    heads_first: bool = False,
 ) -> Array:
     """Softmax of q · k over the keys that a query sees, times v.
 
     Args:
       q: [.., Q, heads, D], scaled.
-      k, v: [.., K, kv_heads, D]; groups of heads share one.
+      k, v: [.., K, kv_heads, D], or [.., kv_heads, K, D] if `heads_first`; groups of heads share one.
       at, to: places of the queries and of the keys.
       visible: which keys a query sees.
       bias: added to the logits.
@@ -81,13 +82,15 @@ def attention(
       dropout_key: of its masks.
       in_order: 'causal' or 'full' if queries and keys are the same tokens [B, L, ..] in the order of their positions, and
         `visible` is that within segments; None for anything else.
+      heads_first: how k and v lie. For a single query, what a product does not have to rearrange is most of its time.
 
     Returns:
       [.., Q, heads, D].
     """
     dropout = None if dropout_key is None or dropout_rate == 0 else (dropout_rate, dropout_key)
+    keys = k.shape[-2 if heads_first else -3]
     ways = functools.partial(
-        _in_pieces if q.shape[-3] * k.shape[-3] > DENSE_LOGITS else _dense, visible=visible, bias=bias
+        _in_pieces if q.shape[-3] * keys > DENSE_LOGITS else _dense, visible=visible, bias=bias, heads_first=heads_first
     )
     if in_order is None or not _kernel_serves(q, bias, dropout):
         return ways(q, k, v, at, to, dropout=dropout)
@@ -98,25 +101,26 @@ def attention(
     return lax.platform_dependent(q, k, v, at, to, tpu=in_kernel, default=functools.partial(ways, dropout=None))
 
 
-def _dense(q, k, v, at, to, *, visible, bias, dropout):
-    groups = q.shape[-2] // k.shape[-2]
-    q = q.reshape(*q.shape[:-2], k.shape[-2], groups, q.shape[-1])
+def _dense(q, k, v, at, to, *, visible, bias, dropout, heads_first=False):
+    kv_heads, keys = k.shape[-3 if heads_first else -2], "...hkd" if heads_first else "...khd"
+    groups = q.shape[-2] // kv_heads
+    q = q.reshape(*q.shape[:-2], kv_heads, groups, q.shape[-1])
     at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("...qhgd,...khd->...hgqk", q, k, preferred_element_type=at_least_float32)
+    logits = jnp.einsum(f"...qhgd,{keys}->...hgqk", q, k, preferred_element_type=at_least_float32)
     if bias is not None:
         added = bias(*(places.positions if places.shared is None else places.shared for places in (at, to)))
-        logits = logits + added.reshape(*added.shape[:-3], k.shape[-2], groups, *added.shape[-2:])
+        logits = logits + added.reshape(*added.shape[:-3], kv_heads, groups, *added.shape[-2:])
     logits = jnp.where(visible(at, to)[..., None, None, :, :], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     if dropout is not None:
         rate, key = dropout
         kept = jax.random.bernoulli(key, 1 - rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - rate), 0)
-    out = jnp.einsum("...hgqk,...khd->...qhgd", weights, v)
+    out = jnp.einsum(f"...hgqk,{keys}->...qhgd", weights, v)
     return out.reshape(*out.shape[:-3], -1, out.shape[-1])
 
 
-def _in_pieces(q, k, v, at, to, *, visible, bias, dropout):
+def _in_pieces(q, k, v, at, to, *, visible, bias, dropout, heads_first=False):
     """As `_dense`, of queries whose length may be cut over devices: each takes its own in pieces."""
     length = q.shape[-3]
     count = sequence.pieces(length)
@@ -139,7 +143,7 @@ def _in_pieces(q, k, v, at, to, *, visible, bias, dropout):
     @jax.checkpoint
     def piece(q, at, index):
         masked = None if dropout is None else (dropout[0], jax.random.fold_in(dropout[1], index))
-        return _dense(q, k, v, at, to, visible=visible, bias=bias, dropout=masked)
+        return _dense(q, k, v, at, to, visible=visible, bias=bias, dropout=masked, heads_first=heads_first)
 
     out = jnp.moveaxis(lax.map(lambda args: piece(*args), per_piece), 0, -4)  # [.., count, number, size, heads, D]
     out = out.reshape(*out.shape[:-5], count, number * size, *out.shape[-2:])[..., : length // count, :, :]

@@ -114,7 +114,7 @@ def test_cross_attention_projects_what_was_encoded_once():
     encoded = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, WIDTH)).astype(np.float32))
     call = {"encoded_mask": jnp.array([[1, 1, 1, 1, 0, 0, 0], [1] * 7]), "enable_dropout": False}
     expected, made = layer.apply({"params": params}, x, encoded=encoded, **call, mutable=[ENCODED])
-    assert jax.tree.map(jnp.shape, made[ENCODED]) == dict.fromkeys(("keys", "values"), (2, 7, 2, WIDTH // 4))
+    assert jax.tree.map(jnp.shape, made[ENCODED]) == dict.fromkeys(("keys", "values"), (2, 2, 7, WIDTH // 4))
     variables = {"params": {name: params[name] for name in ("query", "out")}, **made}
     np.testing.assert_array_equal(layer.apply(variables, x, **call), expected)
     assert ENCODED not in layer.init(jax.random.key(0), x, encoded=encoded)
