@@ -221,14 +221,24 @@ def table(results: dict[str, Any]) -> str:
     machine = results["machine"]
 
     def how(name):
-        """Lines on how a language was trained: a command for each number of epochs."""
-        found = {of[name]["epochs"]: of[name]["command"] for of in results["systems"].values() if name in of}
-        if not found:
+        """Lines on how a language was trained: which systems, for each command."""
+        trained: dict[str, list[str]] = {}
+        epochs = {}
+        for system in PATTERNS:
+            if name in results["systems"].get(system, {}):
+                run = results["systems"][system][name]
+                trained.setdefault(run["command"], []).append(system)
+                epochs[run["command"]] = run["epochs"]
+        if not trained:
             return [f"- {name}: not trained yet; the command with --languages={name} adds it to the table."]
-        return [
-            f"- {name}: {epochs} epochs of the paper's {EPOCHS[name]}, the schedule shortened with them. `{found[epochs]}`"
-            for epochs in sorted(found)
-        ]
+        lines = []
+        for command, systems in trained.items():
+            number, whole = epochs[command], EPOCHS[name]
+            share = f"{number} epochs of the paper's {whole}, and the schedule with them"
+            if number == whole:
+                share = f"{whole} epochs, as in the paper"
+            lines.append(f"- {name}, {', '.join(systems)}: {share}. `{command}`")
+        return lines
 
     return "\n".join(
         [
@@ -242,7 +252,7 @@ def table(results: dict[str, Any]) -> str:
             *(line for name in EPOCHS for line in how(name)),
             f"- Seeds {', '.join(map(str, results['seeds']))}.",
             "- A schedule shorter than the paper's ends before a network has learnt what it can: a figure below the paper's is then no",
-            "  evidence against it.",
+            "  evidence against it. The rate and the start are not the paper's either (see the command's module).",
             f"- {sum(run['seconds'] for run in runs):,.0f} seconds of training on {machine['cores']} cores ({machine['processor']}), "
             f"jax {machine['jax']}. Curves, seconds and parameter counts of each: [synthetics.json](synthetics.json).",
             "",

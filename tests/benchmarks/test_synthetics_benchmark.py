@@ -36,8 +36,16 @@ RESULTS = {
             "associative_recall": {
                 **RUN,
                 "command": "the long command",
-                "epochs": 40,
+                "epochs": 200,
                 "accuracy": {"associative_recall": [90.0, 100.0], "associative_recall_40": [50.0, 60.0]},
+            },
+        },
+        "attention": {
+            "associative_recall": {
+                **RUN,
+                "command": "the long command",
+                "epochs": 200,
+                "accuracy": {"associative_recall": [90.0, 90.0], "associative_recall_40": [50.0, 60.0]},
             },
         },
         "dss": {
@@ -57,11 +65,9 @@ def test_the_page_says_what_was_reached_and_after_how_many_epochs():
     assert "| h3 | – | 100.0 | 95.0 (90.0–100.0) | 99.8 | 55.0 (50.0–60.0) | 98.4 |" in page
     assert "| dss | – | – | 25.5 (25.0–26.0) | – | 25.0 (25.0–25.0) | – |" in page
     assert "induction_head: not trained yet" in page
-    assert (
-        "associative_recall: 40 epochs of the paper's 200, the schedule shortened with them. `the long command`" in page
+    of_dss, of_h3 = (line for line in page.splitlines() if line.startswith("- associative_recall"))
+    assert of_dss == (
+        "- associative_recall, dss: 10 epochs of the paper's 200, and the schedule with them. `the short command`"
     )
-    assert (
-        "associative_recall: 10 epochs of the paper's 200, the schedule shortened with them. `the short command`"
-        in page
-    )
-    assert "120 seconds of training" in page
+    assert of_h3 == "- associative_recall, h3, attention: 200 epochs, as in the paper. `the long command`"
+    assert "180 seconds of training" in page
