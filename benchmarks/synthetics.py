@@ -8,11 +8,12 @@ decay 0.1, 10 % warm-up and a cosine, 32 of 5,000 sentences a step, loss on all 
 associative recall (or a share of them), weights that start as N(0, 0.02) as GPT-2's do; no positions but for attention alone, one
 head, whose positions are learned. Each seed has its own sentences, parameters and order. Besides:
   - GSS has no feed-forward block, for its gate is one (width 128 too); the others have one after each mixer;
-  - a text begins with the no-op, and its first symbol is predicted from that;
-  - one dropout mask holds for all positions of a sentence, as everywhere in this project.
+  - a text begins with the no-op, and its first symbol is predicted from that.
 
 --learning_rate and --start=own (the layers' own initial values, N(0, 1/width) for projections) are for runs that are too short for
-N(0, 0.02), under which even attention stands still for thousands of steps. Writes docs/results/synthetics.json after every network, and docs/results/synthetics.md from it.
+N(0, 0.02), under which even attention stands still for thousands of steps. --dropout=text has one mask for all tokens of a sentence,
+as T5 has: recall of H3 then stops short of what it reaches with a mask a token.
+Writes docs/results/synthetics.json after every network, and docs/results/synthetics.md from it.
 """
 
 import argparse
@@ -48,6 +49,7 @@ from tasks.synthetic_languages import LANGUAGES, sentences
 RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 WIDTH, HIDDEN, BATCH, LEARNING_RATE, WEIGHT_DECAY, START = 32, 128, 32, 5e-4, 0.1, 0.02
 STARTS = ("gpt2", "own")
+DROPOUTS = ("token", "text")
 LONGEST = 64  # learned positions
 EPOCHS = {"induction_head": 400, "associative_recall": 200}
 # On sentences of another length than those it was trained on.
@@ -79,8 +81,8 @@ PAPER = {
 }
 
 
-def network(system: str, vocabulary_size: int) -> Decoder:
-    """The network of one row of the table."""
+def network(system: str, vocabulary_size: int, per_token: bool = True) -> Decoder:
+    """The network of one row of the table; `per_token` is of its dropout masks."""
     return Decoder(
         vocab_size=vocabulary_size,
         embed_dim=WIDTH,
@@ -90,6 +92,7 @@ def network(system: str, vocabulary_size: int) -> Decoder:
         mlp=functools.partial(MLP, hidden=HIDDEN, use_bias=True),
         norm=functools.partial(LayerNorm, epsilon=1e-5),
         embed_dropout_rate=0.1,
+        embed_dropout_per_token=per_token,
         learned_positions=LONGEST if system == "attention" else None,
     )
 
@@ -126,7 +129,13 @@ def corpora(name: str, split: str, seeds: list[int]) -> jax.Array:
 
 
 def train(
-    system: str, name: str, seeds: list[int], epochs: int, rate: float = LEARNING_RATE, start_as: str = STARTS[0]
+    system: str,
+    name: str,
+    seeds: list[int],
+    epochs: int,
+    rate: float = LEARNING_RATE,
+    start_as: str = STARTS[0],
+    per_token: bool = True,
 ) -> dict[str, Any]:
     """Trains one network of each seed side by side.
 
@@ -134,7 +143,7 @@ def train(
       accuracy: {language: percent of each seed at the end}; curve: [(epoch, nats a token in training, percent), …], means over
       the seeds; seconds of all epochs and of compilation, parameters.
     """
-    model = LanguageModel(network(system, LANGUAGES[name].vocabulary_size))
+    model = LanguageModel(network(system, LANGUAGES[name].vocabulary_size, per_token))
     texts = corpora(name, "train", seeds)
     steps = texts.shape[1] // BATCH
     optimizer = optimizers.adamw(
@@ -265,6 +274,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the paper's epochs")
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--start", choices=STARTS, default=STARTS[0], help="how weights start")
+    parser.add_argument("--dropout", choices=DROPOUTS, default=DROPOUTS[0], help="what has a mask of its own")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--systems", default=",".join(PATTERNS))
     parser.add_argument("--languages", default=",".join(EPOCHS))
@@ -285,10 +295,11 @@ def main() -> None:
     for name in arguments.languages.split(","):
         for system in arguments.systems.split(","):
             epochs = max(1, round(arguments.share * EPOCHS[name]))
-            run = train(system, name, seeds, epochs, arguments.learning_rate, arguments.start)
+            per_token = arguments.dropout == "token"
+            run = train(system, name, seeds, epochs, arguments.learning_rate, arguments.start, per_token)
             command = (
                 f"python -m benchmarks.synthetics --languages={name} --share={arguments.share:g} --seeds={arguments.seeds} "
-                f"--learning_rate={arguments.learning_rate:g} --start={arguments.start}"
+                f"--learning_rate={arguments.learning_rate:g} --start={arguments.start} --dropout={arguments.dropout}"
             )
             results["systems"].setdefault(system, {})[name] = {"command": command, **run}
             path.write_text(json.dumps(results, indent=1) + "\n")

@@ -29,6 +29,7 @@ class Decoder(nn.Module):
       norm: factory of the norms.
       pre_norm, dropout_rate, remat_policy, scan_layers: see `models.stack.Stack`.
       embed_dropout_rate: on the embedded tokens.
+      embed_dropout_per_token: each token has a mask of its own, as in GPT-2 and H3; otherwise a text has one, as in T5.
       learned_positions: how many learned absolute positions there are, or None for none.
       shared_bias: factory (of `layers.positions.RelativeBias`) of a relative bias that all layers with
         `Attention.shared_bias` share, or None.
@@ -47,6 +48,7 @@ class Decoder(nn.Module):
     pre_norm: bool = True
     dropout_rate: float = 0.0
     embed_dropout_rate: float = 0.0
+    embed_dropout_per_token: bool = False
     embed_init_scale: float = 0.02
     learned_positions: int | None = None
     shared_bias: Factory | None = None
@@ -87,7 +89,7 @@ class Decoder(nn.Module):
         """
         del decoder_causal_attention, max_decode_length
         refuse_batch_norm(self.norm)
-        dropout = nn.Dropout(self.embed_dropout_rate, broadcast_dims=(-2,))
+        dropout = nn.Dropout(self.embed_dropout_rate, broadcast_dims=() if self.embed_dropout_per_token else (-2,))
         embed = Embed(self.vocab_size, self.embed_dim, self.embed_init_scale, self.dtype, name="token_embedder")
         x = embed(decoder_input_tokens)
         if self.learned_positions is not None:

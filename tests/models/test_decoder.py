@@ -113,6 +113,23 @@ def test_bfloat16_network_has_float32_parameters_and_logits():
     assert captured["intermediates"]["__call__"][0].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_an_embedding_dropout_mask_is_of_a_text_or_of_a_token(per_token):
+    net = decoder(embed_dropout_rate=0.5, embed_dropout_per_token=per_token)
+    params = draw(shapes(net, TOKENS, TOKENS)["params"])
+
+    @jit
+    def embedded():
+        _, captured = net.apply(
+            {"params": params}, TOKENS, TOKENS, rngs={"dropout": key()}, capture_intermediates=True, mutable=True
+        )
+        return captured["intermediates"]["Dropout_0"]["__call__"][0]
+
+    kept = np.asarray(embedded()) != 0
+    assert 0.2 < kept.mean() < 0.8
+    assert (kept == kept[:, :1]).all() != per_token
+
+
 def test_mistakes_name_the_setting():
     for net, call, message in [
         (decoder(), {"decode": True, "prefill": True}, "decode and prefill"),
