@@ -1,4 +1,4 @@
-"""What a mesh adds to the work of a layer, and processes to the time of a step: `python -m benchmarks.sharding [--repeats=5]`.
+"""What a mesh adds to the work of a layer, and processes to the time of a step: `python -m benchmarks.sharding [--only=work]`.
 
 Work, by the compiler: forward and backward of every mixer on 8 virtual CPU devices. FLOPs of matrix products and bytes moved of one
 device are divided by an eighth of those of the unsharded layer: 1 is a perfect split, and what is beyond is done more than once. The
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,17 +91,14 @@ def work(layer, mesh) -> dict[str, float]:
     return {"flops": costs.flops, "bytes": costs.hbm_bytes, "sent_bytes": sent}
 
 
-def of_all_meshes() -> dict[str, dict]:
-    """By mixer and mesh: work of a device over an eighth of the unsharded layer's, and MB that it sends."""
+def of_mixer(make) -> dict[str, dict[str, float]]:
+    """By mesh: work of a device over an eighth of the unsharded layer's, and MB that it sends."""
+    whole = work(make(), None)
     found = {}
-    for name, make in MIXERS.items():
-        whole = work(make(), None)
-        found[name] = {}
-        for label, config in MESHES.items():
-            part = work(make(), make_mesh(config))
-            ratios = {key: DEVICES * part[key] / whole[key] for key in ("flops", "bytes")}
-            found[name][label] = {**ratios, "sent_MB": part["sent_bytes"] / 1e6}
-        print(name, json.dumps(found[name]), flush=True)
+    for label, config in MESHES.items():
+        part = work(make(), make_mesh(config))
+        ratios = {key: DEVICES * part[key] / whole[key] for key in ("flops", "bytes")}
+        found[label] = {**ratios, "sent_MB": part["sent_bytes"] / 1e6}
     return found
 
 
@@ -121,28 +119,43 @@ def step_seconds(processes: int, folder: pathlib.Path) -> float:
     return tokens / statistics.median(speeds[FIRST_STEPS:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+def of_all_meshes() -> dict[str, Any]:
+    """The figures of work."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    layers = of_all_meshes()
-    seconds = {1: [], 2: []}
+    return {
+        "shape": {"batch": BATCH, "length": LENGTH, "width": WIDTH, "devices": DEVICES},
+        "work_of_a_device_over_an_eighth": {name: of_mixer(make) for name, make in MIXERS.items()},
+    }
+
+
+def of_processes(repeats: int) -> dict[str, Any]:
+    """The figures of time."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
             for processes, times in seconds.items():
                 times.append(step_seconds(processes, pathlib.Path(folder) / f"{repeat}_{processes}"))
     ratios = [two / one for one, two in zip(seconds[1], seconds[2], strict=True)]
-    report.write(
-        "sharding",
-        {
-            "shape": {"batch": BATCH, "length": LENGTH, "width": WIDTH, "devices": DEVICES},
-            "work_of_a_device_over_an_eighth": layers,
-            "step_seconds_of_one_process": report.spread(seconds[1]),
-            "step_of_two_processes_over_one": report.spread(ratios),
-        },
-    )
+    return {
+        "step_seconds_of_one_process": report.spread(seconds[1]),
+        "step_of_two_processes_over_one": report.spread(ratios),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("work", "time"), help="one of the two; the other's figures stay as they are")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    path = report.RESULTS / "sharding.json"
+    figures = json.loads(path.read_text()) if arguments.only and path.exists() else {}
+    if arguments.only != "time":
+        figures |= of_all_meshes()
+    if arguments.only != "work":
+        figures |= of_processes(arguments.repeats)
+    figures.pop("machine", None)
+    report.write("sharding", figures)
 
 
 if __name__ == "__main__":

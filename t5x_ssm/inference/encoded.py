@@ -48,7 +48,7 @@ class EncodedNetwork:
 
 
 def read_inputs(network: nn.Module, params: Any, inputs: Array) -> Any:
-    """The keys and values that the decoder's layers make of inputs, int [B, S]: a tree with a cache's batch axes."""
+    """The keys and values that the decoder's layers make of inputs, int [B, S]: 2 S · kv_heads · head_dim numbers a row and layer."""
     encoded = network.apply({"params": params}, inputs, enable_dropout=False, method="encode")
     token = jnp.zeros((inputs.shape[0], 1), jnp.int32)
     settings = {"enable_dropout": False, "method": "decode", "mutable": [ENCODED]}
@@ -106,12 +106,7 @@ class PairGenerator:
         """
         given = self._read(inputs, max_new_tokens)
         state = self._generator.with_params(given).start(given["inputs"].shape[0], max_new_tokens)
-        axis = self._generator.batch_axis
-        repeated = {
-            "encoded": jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, axis=axis), given["encoded"]),
-            "inputs": jnp.repeat(given["inputs"], beams, axis=0),
-        }
-        return self._searcher.with_params({**given, **repeated}).search(state, max_new_tokens, beams, **settings)
+        return self._searcher.with_params(given).search(state, max_new_tokens, beams, **settings)
 
     def _read(self, inputs: np.ndarray, max_new_tokens: int) -> dict[str, Any]:
         """The parameters of the `EncodedNetwork` for these inputs."""

@@ -38,8 +38,9 @@ from t5x_ssm.parallel.shard import constrain
 
 Array = jax.Array
 SPANS = ("full", "sliding", "chunk")
-# A collection of the keys and values that cross-attention makes of the encoder's output. Where it may be written it is made; where it is
-# given it stands for `encoded`, and a token costs no projection of what was encoded.
+# A collection of what cross-attention makes of the encoder's output, in each layer `keys` and `values` [B, kv_heads, S, head_dim]. Where it
+# may be written it is made; where it is given it stands for `encoded`, and a token costs no projection of what was encoded. Each of its
+# rows may serve several rows of the decoder, one after another, as in beams.
 ENCODED = "encoded"
 
 
@@ -126,8 +127,8 @@ class Attention(nn.Module):
         source = run.encoded if self.cross else x
         q = project("query", x, self.num_heads, q_length)
         keys, values = (functools.partial(project, name, source, kv_heads, k_length) for name in ("key", "value"))
-        kept = self.cross and (self.has_variable(ENCODED, "keys") or self._keeps_encoded())
-        if kept:
+        apart = self.cross and (self.has_variable(ENCODED, "keys") or self._makes_encoded())
+        if apart:
             k = self.variable(ENCODED, "keys", lambda: _heads_first(keys())).value
             v = self.variable(ENCODED, "values", lambda: _heads_first(values())).value
         else:
@@ -151,8 +152,10 @@ class Attention(nn.Module):
         )
 
         if self.cross:
-            at, to = _across(x, k.shape[-2 if kept else -3], run)
-            out = attend(q, k, v, at, to, visible=_same_segment, heads_first=kept)
+            # Rows that share an encoded text, as beams do, ask it together.
+            q = q.reshape(k.shape[0], -1, *q.shape[2:])
+            at, to = _across(q, k.shape[-2 if apart else -3], run)
+            out = attend(q, k, v, at, to, visible=_same_segment, heads_first=apart)
         elif cached:
             out = self._cached(q, k, v, run, attend)
         else:
@@ -179,7 +182,7 @@ class Attention(nn.Module):
         out_init = self.out_kernel_init or self.kernel_init
         return Dense(width, ("joined_kv", "embed"), self.use_bias, self.dtype, out_init, name="out")(out)
 
-    def _keeps_encoded(self) -> bool:
+    def _makes_encoded(self) -> bool:
         # A module that is initialized may write into every collection.
         return self.is_mutable_collection(ENCODED) and not self.is_initializing()
 
@@ -304,11 +307,11 @@ def _heads_first(x: Array) -> Array:
     return jnp.swapaxes(x, 1, 2)
 
 
-def _across(x: Array, length: int, run: Run) -> tuple[Places, Places]:
-    """Places of queries of x [B, L, …] and of the encoder's tokens, as many as `length`; segment -1 is nobody's."""
+def _across(q: Array, length: int, run: Run) -> tuple[Places, Places]:
+    """Places of queries [B, Q, …] and of the encoder's tokens, as many as `length`; segment -1 is nobody's."""
     packed = run.segment_ids is not None and run.encoded_segment_ids is not None
-    at = run.segment_ids if packed else jnp.ones(x.shape[:2], jnp.int32)
-    to = run.encoded_segment_ids if packed else jnp.ones((x.shape[0], length), jnp.int32)
+    at = run.segment_ids if packed else jnp.ones(q.shape[:2], jnp.int32)
+    to = run.encoded_segment_ids if packed else jnp.ones((q.shape[0], length), jnp.int32)
     if run.encoded_mask is not None:
         to = jnp.where(run.encoded_mask > 0, to, -1)
     return Places(segments=at), Places(segments=to)

@@ -9,8 +9,8 @@ filter that mixes the channels in the place of one filter a channel:
     O = (Y * G) W' + b''                      [L, D]
 
 X is the normalized input; the residual is added outside and a feed-forward block follows.
-Collectives under model sharding: an all-gather of V * K before the state space, which is whole on every device of the
-`model` axis (see `layers.s5`), and an all-reduce of the output projection; none inside the short convolution.
+Collectives under model sharding: an all-gather of V * K before the state space, whose output is added up where it is cut by modes
+(see `layers.s5`), and an all-reduce of the output projection; none inside the short convolution.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ channels drive and read, so that it mixes them itself, then a nonlinearity:
 
 X is the normalized input and the residual is added outside. Dropout, one mask for all positions, is on G and on O.
 Collectives under model sharding: the state space is cut by modes (`parallel.split_modes`), so its output [B, L, D] is added up over the
-devices, and backwards the gradient of its input; a gate gathers sigmoid(·) [B, L, D] after its product, and "full_glu" its other
+devices, and backwards the gradient of its input, unless its modes are few and it is whole on each; a gate gathers sigmoid(·) [B, L, D] after its product, and "full_glu" its other
 factor.
 """
 
@@ -29,7 +29,7 @@ from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
 from t5x_ssm.layers.settings import require_choice, require_positive, require_steps, settings_of
 from t5x_ssm.parallel.shard import constrain
-from t5x_ssm.parallel.split_modes import LOGICAL_AXIS, split_modes
+from t5x_ssm.parallel.split_modes import split_modes
 from t5x_ssm.ssm import initialization, multi_input
 
 Array = jax.Array
@@ -116,8 +116,8 @@ class S5StateSpace(S5Settings):
             step_rescale=self.step_rescale,
         )
         system = discretize(c_re=started("c_re", *c), c_im=started("c_im", *c))
-        core = split_modes(multi_input, modes)
-        axes = CoreAxes(_system_axes(system), ("batch", None, None), (("batch", LOGICAL_AXIS),) * 2)
+        core, cut_modes = split_modes(multi_input, modes)
+        axes = CoreAxes(_system_axes(system, cut_modes), ("batch", None, None), (("batch", cut_modes),) * 2)
         if not self.bidirectional:
             return run_state_space(self, core, system, u, axes, run)
         backward = discretize(
@@ -141,8 +141,8 @@ class S5StateSpace(S5Settings):
             raise UserError(f"S5StateSpace.step_rescale = {self.step_rescale}; it must be positive.")
 
 
-def _system_axes(system: multi_input.MultiInput) -> multi_input.MultiInput:
-    of_inputs, of_outputs, of_modes = (LOGICAL_AXIS, None), (None, LOGICAL_AXIS), (LOGICAL_AXIS,)
+def _system_axes(system: multi_input.MultiInput, modes: str | None) -> multi_input.MultiInput:
+    of_inputs, of_outputs, of_modes = (modes, None), (None, modes), (modes,)
     return multi_input.MultiInput(
         pole=jax.tree.map(lambda _: of_modes, system.pole),
         b_re=of_inputs,

@@ -2,7 +2,10 @@
 
 The outputs of S5's system are sums over its modes, Re(C x) + D u, and nothing else goes from mode to mode. So a device of the mesh
 axis that "shared_modes" names holds P / K of the modes with their rows of B and columns of C, and the outputs are added up: one
-all-reduce of [B, L, H], and backwards one of the input's gradient, whatever P is. Every piece adds D u / K.
+all-reduce of [B, L, H], and backwards one of the input's gradient, whatever P is. Every piece adds D u / K. Like the partial products
+of a projection that is cut over its inputs, the parts have the type of the activations when they are added.
+
+A few modes are not worth the sum: below `FEWEST_MODES` a device the system stays whole on every device.
 """
 
 import functools
@@ -17,61 +20,57 @@ from t5x_ssm.parallel.shard import cut
 Array = jax.Array
 
 LOGICAL_AXIS = "shared_modes"
+# Real and imaginary parts of 64 modes fill the 128 lanes of a TPU: with fewer its matrix unit takes as long.
+FEWEST_MODES = 64
 
 
-def split_modes(core: Any, modes: int) -> Any:
-    """A core for systems of which the function sees what `parallel.shard` leaves here of `LOGICAL_AXIS`.
+def split_modes(core: Any, modes: int) -> tuple[Any, str | None]:
+    """How a system of `modes` modes runs on the mesh here.
 
     Args:
       core: a module like `ssm.multi_input`.
-      modes: P of the whole system.
+      modes: P.
 
     Returns:
-      An object with the core's ways to run, or the core itself where its modes are not cut.
+      A core to run under `parallel.shard`, and the logical axis of the system's and the state's modes there: `LOGICAL_AXIS`, or the core
+      itself and None where each device has all modes.
     """
     axis, count = cut(LOGICAL_AXIS, modes)
-    return core if count == 1 else _SplitModes(core, axis, count)
+    if count == 1 or modes // count < FEWEST_MODES:
+        return core, None
+    return _SplitModes(core, axis, count), LOGICAL_AXIS
 
 
 class _SplitModes:
+    """The core's ways to run a mixer; see `ssm.multi_input`."""
+
     def __init__(self, core: Any, axis: str, count: int):
         self._core, self._axis, self._count = core, axis, count
         # Nothing of these is a sum over modes.
         self.zero_state, self.handover = core.zero_state, core.handover
 
-    def _with_share(self, system):
-        return system._replace(d=system.d / self._count)
+    def _run(self, name, system, *arguments, **settings):
+        system = system._replace(d=system.d / self._count)
+        return getattr(self._core, name)(system, *arguments, **settings)
 
-    def _sum(self, y: Array) -> Array:
-        return _sum(y, self._axis, self._count)
+    def _output(self, name, *arguments, **settings):
+        return _sum_over(self._run(name, *arguments, **settings), self._axis, self._count)
 
-    def _first_summed(self, name: str, system, *arguments, **settings):
-        y, state = getattr(self._core, name)(self._with_share(system), *arguments, **settings)
-        return self._sum(y), state
+    def _output_and_state(self, name, *arguments, **settings):
+        y, state = self._run(name, *arguments, **settings)
+        return _sum_over(y, self._axis, self._count), state
 
-    def convolve(self, system, u):
-        return self._sum(self._core.convolve(self._with_share(system), u))
-
-    def bidirectional(self, system, backward, u, **settings):
-        return self._sum(self._core.bidirectional(self._with_share(system), backward, u, **settings))
-
-    def scan(self, *arguments, **settings):
-        return self._first_summed("scan", *arguments, **settings)
-
-    def chunked(self, *arguments, **settings):
-        return self._first_summed("chunked", *arguments, **settings)
-
-    def prefill(self, *arguments, **settings):
-        return self._first_summed("prefill", *arguments, **settings)
-
-    def step(self, *arguments, **settings):
-        return self._first_summed("step", *arguments, **settings)
+    convolve = functools.partialmethod(_output, "convolve")
+    bidirectional = functools.partialmethod(_output, "bidirectional")
+    chunked = functools.partialmethod(_output_and_state, "chunked")
+    prefill = functools.partialmethod(_output_and_state, "prefill")
+    step = functools.partialmethod(_output_and_state, "step")
 
 
 # The sum is the same on all devices, and shard_map gives each a part of its gradient, 1 / K. All of it is here without asking the
 # others, which the transpose of a sum would do.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _sum(y: Array, axis: str, count: int) -> Array:
+def _sum_over(y: Array, axis: str, count: int) -> Array:
     return lax.psum(y, axis)
 
 
@@ -83,4 +82,4 @@ def _sum_backward(axis, count, _, gradient):
     return (gradient * jnp.asarray(count, gradient.dtype),)
 
 
-_sum.defvjp(_sum_forward, _sum_backward)
+_sum_over.defvjp(_sum_forward, _sum_backward)

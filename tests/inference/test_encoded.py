@@ -19,10 +19,10 @@ NETWORK = EncoderDecoder(
     encoder_pattern="swa",
     decoder_pattern="attn",
     encoder_layers=1,
-    decoder_layers=1,
+    decoder_layers=2,
     encoder_mixers={"swa": functools.partial(Attention, num_heads=2, span="sliding", window=3, causal=False)},
     decoder_mixers={"attn": functools.partial(Attention, num_heads=2)},
-    cross=functools.partial(Attention, num_heads=2, cross=True, causal=False),
+    cross=functools.partial(Attention, num_heads=2, num_kv_heads=1, cross=True, causal=False),
     mlp=functools.partial(MLP, hidden=8),
     decoder_positions=8,
 )
@@ -34,6 +34,7 @@ TARGETS = [[2, 3, 1], [5, 1], [7, 4, 10, 6, 1]]
 def params():
     tokens = np.ones((1, 4), np.int32)
     params = tiny.random_parameters(NETWORK, tokens, tokens, tokens, enable_dropout=False)
+    assert "encoded" not in tiny.shapes(NETWORK, tokens, tokens, tokens, enable_dropout=False)
     # Logits with a spread.
     params["token_embedder"]["embedding"] = 4.0 * params["token_embedder"]["embedding"]
     return params

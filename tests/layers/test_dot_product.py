@@ -71,6 +71,12 @@ def test_pieces(monkeypatch, length, causal):
     here = Places(jnp.arange(length)[None], jnp.asarray(segments))
     run = functools.partial(dot_product.attention, at=here, to=here, visible=functools.partial(visible, causal))
     check(run, q, k, v, segments, causal)
+    if causal:  # keys and values as a cache has them
+
+        def by_heads(q, k, v):
+            return run(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), heads_first=True)
+
+        check(by_heads, q, k, v, segments, causal)
 
 
 def test_memory_of_pieces_grows_with_the_length_and_not_with_its_square():

@@ -29,9 +29,10 @@ from t5x_ssm.layers.h3 import H3
 from t5x_ssm.layers.s4 import S4, S4D, S4StateSpace
 from t5x_ssm.layers.s5 import S5, S5StateSpace
 from t5x_ssm.layers.spade import Spade
-from t5x_ssm.parallel import rules
+from t5x_ssm.parallel import rules, split_modes
 from t5x_ssm.parallel.mesh import MeshConfig, make_mesh
 
+split_modes.FEWEST_MODES = 1
 BATCH, LENGTH, WIDTH, REDUCED = 4, 24, 16, 12
 LOCAL_ATTENTION = functools.partial(Attention, num_heads=2, span="sliding", window=5)
 

@@ -29,9 +29,10 @@ from t5x_ssm.layers.gss import GSS
 from t5x_ssm.layers.h3 import H3
 from t5x_ssm.layers.s4 import S4, S4D
 from t5x_ssm.layers.s5 import S5, S5StateSpace
-from t5x_ssm.parallel import rules
+from t5x_ssm.parallel import rules, split_modes
 from t5x_ssm.parallel.mesh import MeshConfig, make_mesh
 
+split_modes.FEWEST_MODES = 1
 BATCH, LENGTH, WIDTH = 4, 24, 8
 # A document over all pieces, documents that end within pieces and at their edges, many short ones, and padding.
 SEGMENTS = np.array(

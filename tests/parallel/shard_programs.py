@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_ssm.parallel import rules
+from t5x_ssm.parallel import rules, split_modes
 from t5x_ssm.parallel.mesh import MeshConfig, make_mesh
 from t5x_ssm.parallel.shard import constrain, current_mesh, shard
 
@@ -108,26 +108,43 @@ def check_a_state_that_channels_share_is_cut_by_modes():
     from t5x_ssm.layers.mixer import Run
     from t5x_ssm.layers.s5 import S5StateSpace
 
-    module = S5StateSpace(state_size=16)
-    params = module.init(jax.random.key(0), U, Run())["params"]
     lengths = jnp.arange(4) + 2
     mesh = make_mesh(MeshConfig(data=2, model=4))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
-    def write(u):
-        (prefix, _), cache = module.apply(
-            {"params": params}, u, Run(prefill=True, prefill_lengths=lengths), mutable=["cache"]
-        )
+    def write(module, params, u):
+        run = Run(prefill=True, prefill_lengths=lengths)
+        (prefix, _), cache = module.apply({"params": params}, u, run, mutable=["cache"])
         (token, _), cache = module.apply({"params": params, **cache}, u[:, :1], Run(decode=True), mutable=["cache"])
         return prefix, token, cache
 
-    *expected, cache = jax.jit(write)(U)
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(write).lower(jax.device_put(U, rules.batch_sharding(mesh, 3))).compile()
-        *found, cache_on_mesh = compiled(U)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), cache_on_mesh, cache)
-    # Of 4 rows and 8 modes a device has 2 and 2.
-    assert {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(cache_on_mesh)} == {(2, 2)}
+    def gradients(module, params, u):
+        weights = jnp.arange(1.0, 7.0)[:, None]
+        return jax.value_and_grad(
+            lambda params, u: jnp.sum(weights * jnp.sin(module.apply({"params": params}, u, Run())[0])), argnums=(0, 1)
+        )(params, u)
+
+    # Of 4 rows and 8 modes a device has 2 and 2; 6 modes cannot be cut in 4, and 8 are too few for pieces of 4 and more.
+    for size, bidirectional, fewest, local in [
+        (16, False, 1, 2),
+        (16, True, 1, 2),
+        (12, False, 1, 6),
+        (16, False, 4, 8),
+    ]:
+        split_modes.FEWEST_MODES = fewest
+        module = S5StateSpace(state_size=size, bidirectional=bidirectional)
+        params = module.init(jax.random.key(0), U, Run())["params"]
+        for function in (gradients, *(() if bidirectional else (write,))):
+            run = jax.jit(functools.partial(function, module))
+            expected = run(params, U)
+            with jax.set_mesh(mesh):
+                found = jax.jit(functools.partial(function, module))(
+                    params, jax.device_put(U, rules.batch_sharding(mesh, 3))
+                )
+            jax.tree.map(close, found, expected)
+            if function is write:
+                shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(found[2])}
+                assert shapes == {(2, local)}, (size, shapes)
 
 
 def check_an_embedding_moves_its_table_and_no_tokens():
