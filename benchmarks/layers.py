@@ -167,7 +167,6 @@ def gss(repeats: int) -> dict:
                 )
                 for name in ("dss", "dss_written_out")
             } | {f"{name}_seconds": report.spread(values) for name, values in seconds.items()}
-            print(kind, length, figures[f"{kind}_{length}"], flush=True)
     return figures
 
 

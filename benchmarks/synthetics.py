@@ -243,7 +243,7 @@ def table(results: dict[str, Any]) -> str:
         lines = []
         for command, systems in trained.items():
             number, whole = epochs[command], EPOCHS[name]
-            share = f"{number} epochs of the paper's {whole}, and the schedule with them"
+            share = f"{number} epochs of the paper's {whole}, the schedule shortened with them"
             if number == whole:
                 share = f"{whole} epochs, as in the paper"
             lines.append(f"- {name}, {', '.join(systems)}: {share}. `{command}`")
@@ -261,7 +261,7 @@ def table(results: dict[str, Any]) -> str:
             *(line for name in EPOCHS for line in how(name)),
             f"- Seeds {', '.join(map(str, results['seeds']))}.",
             "- A schedule shorter than the paper's ends before a network has learnt what it can: a figure below the paper's is then no",
-            "  evidence against it. The rate and the start are not the paper's either (see the command's module).",
+            "  evidence against it. What `--learning_rate`, `--start` and `--dropout` change is not the paper's either.",
             f"- {sum(run['seconds'] for run in runs):,.0f} seconds of training on {machine['cores']} cores ({machine['processor']}), "
             f"jax {machine['jax']}. Curves, seconds and parameter counts of each: [synthetics.json](synthetics.json).",
             "",

@@ -67,7 +67,7 @@ def test_the_page_says_what_was_reached_and_after_how_many_epochs():
     assert "induction_head: not trained yet" in page
     of_dss, of_h3 = (line for line in page.splitlines() if line.startswith("- associative_recall"))
     assert of_dss == (
-        "- associative_recall, dss: 10 epochs of the paper's 200, and the schedule with them. `the short command`"
+        "- associative_recall, dss: 10 epochs of the paper's 200, the schedule shortened with them. `the short command`"
     )
     assert of_h3 == "- associative_recall, h3, attention: 200 epochs, as in the paper. `the long command`"
     assert "180 seconds of training" in page
