@@ -12,7 +12,7 @@ from t5x_ssm.layers.dss import DSS
 from t5x_ssm.models.decoder import Decoder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_kernel_written_out_gives_the_gradients_of_dss():
     dss = functools.partial(DSS, state_size=4, feed_forward=True)
     network = Decoder(16, 32, "dss", num_layers=2, mlp=functools.partial(MLP, hidden=8), mixers={"dss": dss})
