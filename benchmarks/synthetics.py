@@ -231,21 +231,17 @@ def table(results: dict[str, Any]) -> str:
 
     def how(name):
         """Lines on how a language was trained: which systems, for each command."""
-        trained: dict[str, list[str]] = {}
-        epochs = {}
+        trained: dict[tuple[str, int], list[str]] = {}
         for system in PATTERNS:
-            if name in results["systems"].get(system, {}):
-                run = results["systems"][system][name]
-                trained.setdefault(run["command"], []).append(system)
-                epochs[run["command"]] = run["epochs"]
+            if run := results["systems"].get(system, {}).get(name):
+                trained.setdefault((run["command"], run["epochs"]), []).append(system)
         if not trained:
             return [f"- {name}: not trained yet; the command with --languages={name} adds it to the table."]
         lines = []
-        for command, systems in trained.items():
-            number, whole = epochs[command], EPOCHS[name]
-            share = f"{number} epochs of the paper's {whole}, the schedule shortened with them"
-            if number == whole:
-                share = f"{whole} epochs, as in the paper"
+        for (command, epochs), systems in trained.items():
+            share = f"{epochs} epochs of the paper's {EPOCHS[name]}, the schedule shortened with them"
+            if epochs == EPOCHS[name]:
+                share = f"{epochs} epochs, as in the paper"
             lines.append(f"- {name}, {', '.join(systems)}: {share}. `{command}`")
         return lines
 

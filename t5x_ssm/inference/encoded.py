@@ -70,9 +70,9 @@ class PairGenerator:
           params: its parameters.
         """
         self.network, self.params = network, params
-        self._encode = jax.jit(functools.partial(read_inputs, network))
+        self._read_inputs = jax.jit(functools.partial(read_inputs, network))
         one = jax.ShapeDtypeStruct((1, SHORTEST), jnp.int32)
-        shapes = {"network": params, "encoded": jax.eval_shape(self._encode, params, one), "inputs": one}
+        shapes = {"network": params, "encoded": jax.eval_shape(self._read_inputs, params, one), "inputs": one}
         self._generator = Generator(EncodedNetwork(network), shapes)
         self._searcher = BeamSearcher(self._generator)
 
@@ -117,7 +117,7 @@ class PairGenerator:
                 "(MAX_TARGET_LENGTH)."
             )
         inputs = padded_to_power(np.asarray(inputs, np.int32))
-        return {"network": self.params, "encoded": self._encode(self.params, inputs), "inputs": inputs}
+        return {"network": self.params, "encoded": self._read_inputs(self.params, inputs), "inputs": inputs}
 
 
 class PairScorer:

@@ -81,7 +81,7 @@ def attention(
       dropout_rate: on the weights, if there is a key for it.
       dropout_key: of its masks.
       in_order: 'causal' or 'full' if queries and keys are the same tokens [B, L, ..] in the order of their positions, and
-        `visible` is that within segments; None for anything else.
+        `visible` is that within segments; None for anything else, and with `heads_first`.
       heads_first: how k and v lie. For a single query, what a product does not have to rearrange is most of its time.
 
     Returns:

@@ -92,7 +92,7 @@ class Searched:
         return total / ((5 + len(text)) / 6) ** length_penalty
 
 
-@pytest.fixture(scope="module", params=[pytest.param("decoder", marks=pytest.mark.nightly), "encoder_decoder"])
+@pytest.fixture(scope="module", params=[pytest.param("decoder", marks=pytest.mark.slow), "encoder_decoder"])
 def searched(request):
     return Searched(request.param)
 
