@@ -8,7 +8,6 @@ same (SciPy's backward pass written out by hand). Ratios above 1 say how many ti
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.fft
 
-from benchmarks import report
+from benchmarks import report, timing
 from t5x_ssm.ssm.convolution import causal_convolution
 
 BATCH, CHANNELS = 4, 64
@@ -68,19 +67,6 @@ def torch_gradient() -> Callable | None:
     return run
 
 
-def seconds_in_turns(runs: dict[str, Callable], arrays, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, one after another, `repeats` times."""
-    for run in runs.values():
-        run(*arrays)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run(*arrays)
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
 def inputs(length: int):
     """u, kernel and the derivative of y."""
     random = np.random.default_rng(0)
@@ -93,11 +79,11 @@ def at_length(length: int, repeats: int) -> dict:
     runs = {"ours": jax_gradient(causal_convolution), "plain": jax_gradient(plain), "scipy": scipy_gradient}
     if torch := torch_gradient():
         runs["torch"] = torch
-    seconds = seconds_in_turns(runs, inputs(length), repeats)
+    arrays = inputs(length)
+    seconds = timing.in_turns({name: functools.partial(run, *arrays) for name, run in runs.items()}, repeats)
     figures = {"seconds": {name: report.spread(values) for name, values in seconds.items()}}
     for name in runs.keys() - {"ours"}:
-        ratios = [other / ours for other, ours in zip(seconds[name], seconds["ours"], strict=True)]
-        figures[f"times_faster_than_{name}"] = report.spread(ratios)
+        figures[f"times_faster_than_{name}"] = timing.ratios(seconds[name], seconds["ours"])
     return figures
 
 
@@ -109,7 +95,7 @@ def growth(repeats: int) -> dict:
         medians = []
         for length in (4096, 65536):
             arrays = tuple(x[:1] if x.ndim == 3 else x for x in inputs(length))
-            seconds = seconds_in_turns({name: run}, arrays, repeats)[name]
+            seconds = timing.in_turns({name: functools.partial(run, *arrays)}, repeats)[name]
             medians.append(report.spread(seconds)["median"] / length)
         figures[name] = medians[1] / medians[0]
     return figures

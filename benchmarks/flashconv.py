@@ -7,7 +7,7 @@ matter to speed: the batch is random. Writes benchmarks/results/flashconv.json.
 """
 
 import argparse
-import time
+import functools
 from typing import Any
 from unittest import mock
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import report
+from benchmarks import report, timing
 from t5x_ssm import config as config_lib
 from t5x_ssm import train as train_lib
 from t5x_ssm.parallel.mesh import MeshConfig, make_mesh
@@ -65,13 +65,12 @@ def measure(gin_file: str, batch_size: int, length: int | None, repeats: int) ->
         steps[name] = compiled_step(training, state, batch, convolution)
         states[name], metrics = jax.block_until_ready(steps[name](state, batch))
         losses[name] = float(metrics["loss"])
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            states[name], _ = jax.block_until_ready(step(states[name], batch))
-            seconds[name].append(time.perf_counter() - began)
-    ratios = [slow / fast for slow, fast in zip(seconds["textbook"], seconds["flashconv"], strict=True)]
+
+    def take(name):
+        states[name], _ = steps[name](states[name], batch)
+        return states[name]
+
+    seconds = timing.in_turns({name: functools.partial(take, name) for name in steps}, repeats)
     return {
         "recipe": gin_file,
         "batch": batch_size,
@@ -79,7 +78,7 @@ def measure(gin_file: str, batch_size: int, length: int | None, repeats: int) ->
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(states["textbook"].params)),
         "relative_difference_of_losses": abs(losses["flashconv"] / losses["textbook"] - 1),
         "seconds_a_step": {name: report.spread(values) for name, values in seconds.items()},
-        "times_faster": report.spread(ratios),
+        "times_faster": timing.ratios(seconds["textbook"], seconds["flashconv"]),
     }
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import report
+from benchmarks import report, timing
 from t5x_ssm.inference.decoding import Generator
 from t5x_ssm.inference.encoded import EncodedNetwork, read_inputs
 from t5x_ssm.layers.attention import Attention
@@ -85,13 +85,12 @@ def main() -> None:
             )
             both[name] = Generator(kind(network), one).with_params(given)
         texts = {kind: seconds_a_token(generator, flags.batch, flags.tokens)[1] for kind, generator in both.items()}
-        seconds = {kind: [] for kind in both}
-        for _ in range(flags.repeats):
-            for kind, generator in both.items():
-                seconds[kind].append(seconds_a_token(generator, flags.batch, flags.tokens)[0])
+        seconds = timing.in_turns(
+            both, flags.repeats, lambda generator: seconds_a_token(generator, flags.batch, flags.tokens)[0]
+        )
         figures[str(length)] = {
             "same_texts": bool(np.array_equal(texts["kept"], texts["projecting"])),
-            "times_faster": report.spread([b / a for a, b in zip(*seconds.values(), strict=True)]),
+            "times_faster": timing.ratios(seconds["projecting"], seconds["kept"]),
             **{f"{kind}_seconds_a_token": report.spread(values) for kind, values in seconds.items()},
         }
     report.write("generation_pairs", {"settings": vars(flags), "inputs": figures})

@@ -5,13 +5,13 @@ and the compiler's temporary memory at 65,536. Writes benchmarks/results/gss.jso
 """
 
 import argparse
-import time
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import report
+from benchmarks import report, timing
 from t5x_ssm.ssm import diagonal
 
 CHANNELS, MODES = 256, 512
@@ -38,18 +38,11 @@ def time_per_token(repeats: int) -> dict:
     gradient = jax.jit(core_gradient)
     given = parameters()
     inputs = {length: jnp.ones((1, length, CHANNELS), jnp.float32) for length in (2048, 16384)}
-    for u in inputs.values():
-        jax.block_until_ready(gradient(given, u))
-    seconds: dict[int, list[float]] = {length: [] for length in inputs}
-    for _ in range(repeats):
-        for length, u in inputs.items():
-            began = time.perf_counter()
-            jax.block_until_ready(gradient(given, u))
-            seconds[length].append((time.perf_counter() - began) / length)
-    ratios = [long / short for short, long in zip(seconds[2048], seconds[16384], strict=True)]
+    seconds = timing.in_turns({length: functools.partial(gradient, given, u) for length, u in inputs.items()}, repeats)
+    seconds = {length: [s / length for s in values] for length, values in seconds.items()}
     return {
         "microseconds_per_token": {str(n): report.spread([1e6 * s for s in values]) for n, values in seconds.items()},
-        "ratio_16384_over_2048": report.spread(ratios),
+        "ratio_16384_over_2048": timing.ratios(seconds[16384], seconds[2048]),
     }
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from benchmarks import report
+from benchmarks import report, timing
 from benchmarks.convolution import plain
 from t5x_ssm.layers.basic import MLP
 from t5x_ssm.layers.dss import DSS, DSSStateSpace
@@ -30,45 +30,54 @@ from t5x_ssm.models.decoder import Decoder
 
 BATCH, CHANNELS = 4, 256
 LENGTHS = (1024, 4096, 16384)
+COMPILATIONS = 3
 
 
 def compare(ours: Callable, baseline: Callable, parameters, lengths, repeats: int) -> dict:
-    """Times two functions (parameters, u [B, L, H]) -> y of u's shape, which must agree."""
+    """Times two functions (parameters, u [B, L, H]) -> y of u's shape, which must agree, and their compilation."""
     figures = {}
     for length in lengths:
         u = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, length, CHANNELS)), jnp.float32)
-        programs, row = {}, {}
-        for name, function in (("ours", ours), ("baseline", baseline)):
 
-            def loss(parameters, u, function=function):
+        def lower(function, u=u):
+            def loss(parameters, u):
                 y = function(parameters, u)
                 return jnp.mean(jnp.square(y)), y
 
-            lowered = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(parameters, u)
-            began = time.perf_counter()
-            programs[name] = lowered.compile()
-            row[name] = {
-                "compile_seconds": time.perf_counter() - began,
-                "temporary_MiB": programs[name].memory_analysis().temp_size_in_bytes / 2**20,
-            }
+            return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(parameters, u)
+
+        sides = {"ours": ours, "baseline": baseline}
+        lowerings = {name: functools.partial(lower, function) for name, function in sides.items()}
+        compiling = timing.in_turns(lowerings, COMPILATIONS, seconds_to_compile)
+        programs = {name: lowering().compile() for name, lowering in lowerings.items()}
         found, expected = (program(parameters, u)[1] for program in programs.values())
-        row["largest_difference"] = float(jnp.abs(found - expected).max() / jnp.abs(expected).max())
+        difference = float(jnp.abs(found - expected).max() / jnp.abs(expected).max())
         del found, expected
-        seconds: dict[str, list[float]] = {name: [] for name in programs}
-        for _ in range(repeats):
-            for name, program in programs.items():
-                began = time.perf_counter()
-                jax.block_until_ready(program(parameters, u))
-                seconds[name].append(time.perf_counter() - began)
-        for name, values in seconds.items():
-            row[name]["seconds"] = report.spread(values)
-        row["times_faster"] = report.spread(
-            [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["baseline"], strict=True)]
+        seconds = timing.in_turns(
+            {name: functools.partial(program, parameters, u) for name, program in programs.items()}, repeats
         )
-        for quantity in ("compile_seconds", "temporary_MiB"):
-            row[f"{quantity}_ratio"] = row["ours"][quantity] / row["baseline"][quantity]
-        figures[str(length)] = row
+        memory = {name: program.memory_analysis().temp_size_in_bytes / 2**20 for name, program in programs.items()}
+        figures[str(length)] = {
+            name: {
+                "compile_seconds": report.spread(compiling[name]),
+                "temporary_MiB": memory[name],
+                "seconds": report.spread(seconds[name]),
+            }
+            for name in sides
+        } | {
+            "largest_difference": difference,
+            "times_faster": timing.ratios(seconds["baseline"], seconds["ours"]),
+            "compile_seconds_ratio": timing.ratios(compiling["ours"], compiling["baseline"]),
+            "temporary_MiB_ratio": memory["ours"] / memory["baseline"],
+        }
     return figures
+
+
+def seconds_to_compile(lowering: Callable) -> float:
+    lowered = lowering()
+    began = time.perf_counter()
+    lowered.compile()
+    return time.perf_counter() - began
 
 
 def associative_s5(parameters, u):
@@ -96,8 +105,8 @@ def seconds_of_products(length: int, repeats: int) -> list[float]:
     x, w = (jax.random.normal(key, shape) for shape in ((rows, CHANNELS), (CHANNELS, CHANNELS)))
     into_rows = jax.jit(lambda x, w: x @ w)
     into_matrix = jax.jit(lambda x, y: x.T @ y)
-    each = [seconds_of(lambda: into_rows(x, w), repeats), seconds_of(lambda: into_matrix(x, x), repeats)]
-    return [4 * a + 2 * b for a, b in zip(*each, strict=True)]
+    each = timing.in_turns({4: lambda: into_rows(x, w), 2: lambda: into_matrix(x, x)}, repeats)
+    return [4 * a + 2 * b for a, b in zip(each[4], each[2], strict=True)]
 
 
 def s5(repeats: int) -> dict:
@@ -160,11 +169,11 @@ def gss(repeats: int) -> dict:
             programs = {name: gradient_program(module, inputs) for name, module in modules.items()}
             with nn.intercept_methods(written_out):
                 programs["dss_written_out"] = gradient_program(modules["dss"], inputs)
-            seconds = in_turns(programs, inputs, repeats)
+            seconds = timing.in_turns(
+                {name: functools.partial(run, params, *inputs) for name, (run, params) in programs.items()}, repeats
+            )
             figures[f"{kind}_{length}"] = {
-                f"gss_times_faster_than_{name}": report.spread(
-                    [slow / fast for slow, fast in zip(seconds[name], seconds["gss"], strict=True)]
-                )
+                f"gss_times_faster_than_{name}": timing.ratios(seconds[name], seconds["gss"])
                 for name in ("dss", "dss_written_out")
             } | {f"{name}_seconds": report.spread(values) for name, values in seconds.items()}
     return figures
@@ -183,12 +192,13 @@ def length(repeats: int) -> dict:
     }
     figures = {}
     for name, module in mixers.items():
-        seconds, memory = {}, {}
+        runs, memory = {}, {}
         for tokens in (short, long):
             u = jnp.asarray(np.random.default_rng(0).normal(size=(1, tokens, width)), jnp.float32)
             program, parameters = gradient_program(module, (u,))
             memory[tokens] = program.memory_analysis().temp_size_in_bytes / 2**20
-            seconds[tokens] = seconds_of(lambda p=program, a=(parameters, u): p(*a), repeats)
+            runs[tokens] = functools.partial(program, parameters, u)
+        seconds = timing.in_turns(runs, repeats)
         growth = [(a / long) / (b / short) for a, b in zip(seconds[long], seconds[short], strict=True)]
         figures[name] = {
             "cost_per_token_65536_over_4096": report.spread(growth),
@@ -210,26 +220,6 @@ def gradient_program(module, inputs):
 
     floating = [i for i, x in enumerate((None, *inputs)) if x is None or jnp.issubdtype(x.dtype, jnp.floating)]
     return jax.jit(jax.grad(loss, argnums=floating)).lower(parameters, *inputs).compile(), parameters
-
-
-def in_turns(programs: dict, inputs, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each program that `gradient_program` made, in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, (program, parameters) in programs.items():
-            seconds[name] += seconds_of(lambda p=program, a=parameters: p(a, *inputs), 1)
-    return seconds
-
-
-def seconds_of(run: Callable, repeats: int) -> list[float]:
-    """Seconds of some runs after one that is not counted."""
-    jax.block_until_ready(run())
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - began)
-    return seconds
 
 
 SECTIONS = {"s5": s5, "gss": gss, "length": length}

@@ -5,14 +5,14 @@ project's own networks, objective, optimizer and train step. Accuracy is that of
 
 As in the paper: width 32, feed-forward blocks of 128, layer norm, dropout 0.1 on the embeddings, AdamW at 5e-4 with weight
 decay 0.1, 10 % warm-up and a cosine, 32 of 5,000 sentences a step, loss on all positions, 400 epochs of the induction head and 200 of
-associative recall (or a share of them), weights that start as N(0, 0.02) as GPT-2's do; no positions but for attention alone, one
-head, whose positions are learned. Each seed has its own sentences, parameters and order. Besides:
+associative recall (or a share of them), weights that start as N(0, 0.02) as GPT-2's do; attention has one head and a dropout of 0.1
+on its weights, and where it is alone learned positions, else none. Each seed has its own sentences, parameters and order. Besides:
   - GSS has no feed-forward block, for its gate is one (width 128 too); the others have one after each mixer;
   - a text begins with the no-op, and its first symbol is predicted from that.
 
 --learning_rate and --start=own (the layers' own initial values, N(0, 1/width) for projections) are for runs that are too short for
 N(0, 0.02), under which even attention stands still for thousands of steps. --dropout=text has one mask for all tokens of a sentence,
-as T5 has: recall of H3 then stops short of what it reaches with a mask a token.
+as T5 has: recall of H3 then stops short of what it reaches with a mask a token. --attention_dropout=0 is for that of attention.
 Writes docs/results/synthetics.json after every network, and docs/results/synthetics.md from it.
 """
 
@@ -48,6 +48,7 @@ from tasks.synthetic_languages import LANGUAGES, sentences
 
 RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 WIDTH, HIDDEN, BATCH, LEARNING_RATE, WEIGHT_DECAY, START = 32, 128, 32, 5e-4, 0.1, 0.02
+ATTENTION_DROPOUT = 0.1
 STARTS = ("gpt2", "own")
 DROPOUTS = ("token", "text")
 LONGEST = 64  # learned positions
@@ -69,7 +70,6 @@ MIXERS = {
     "gss": GSS,
     "s5": functools.partial(S5, state_size=64, feed_forward=True),
     "h3": H3,
-    "attn": functools.partial(Attention, num_heads=1, use_bias=True),
 }
 # Table 1 of the paper, in percent, and its figure for sentences of twice the length.
 PAPER = {
@@ -81,14 +81,17 @@ PAPER = {
 }
 
 
-def network(system: str, vocabulary_size: int, per_token: bool = True) -> Decoder:
-    """The network of one row of the table; `per_token` is of its dropout masks."""
+def network(
+    system: str, vocabulary_size: int, per_token: bool = True, attention_dropout: float = ATTENTION_DROPOUT
+) -> Decoder:
+    """The network of one row of the table; `per_token` is of its dropout masks on the embeddings."""
+    attention = functools.partial(Attention, num_heads=1, use_bias=True, dropout_rate=attention_dropout)
     return Decoder(
         vocab_size=vocabulary_size,
         embed_dim=WIDTH,
         pattern=PATTERNS[system],
         num_layers=2,
-        mixers=MIXERS,
+        mixers=MIXERS | {"attn": attention},
         mlp=functools.partial(MLP, hidden=HIDDEN, use_bias=True),
         norm=functools.partial(LayerNorm, epsilon=1e-5),
         embed_dropout_rate=0.1,
@@ -136,6 +139,7 @@ def train(
     rate: float = LEARNING_RATE,
     start_as: str = STARTS[0],
     per_token: bool = True,
+    attention_dropout: float = ATTENTION_DROPOUT,
 ) -> dict[str, Any]:
     """Trains one network of each seed side by side.
 
@@ -143,7 +147,7 @@ def train(
       accuracy: {language: percent of each seed at the end}; curve: [(epoch, nats a token in training, percent), …], means over
       the seeds; seconds of all epochs and of compilation, parameters.
     """
-    model = LanguageModel(network(system, LANGUAGES[name].vocabulary_size, per_token))
+    model = LanguageModel(network(system, LANGUAGES[name].vocabulary_size, per_token, attention_dropout))
     texts = corpora(name, "train", seeds)
     steps = texts.shape[1] // BATCH
     optimizer = optimizers.adamw(
@@ -271,6 +275,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--start", choices=STARTS, default=STARTS[0], help="how weights start")
     parser.add_argument("--dropout", choices=DROPOUTS, default=DROPOUTS[0], help="what has a mask of its own")
+    parser.add_argument("--attention_dropout", type=float, default=ATTENTION_DROPOUT)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--systems", default=",".join(PATTERNS))
     parser.add_argument("--languages", default=",".join(EPOCHS))
@@ -292,10 +297,20 @@ def main() -> None:
         for system in arguments.systems.split(","):
             epochs = max(1, round(arguments.share * EPOCHS[name]))
             per_token = arguments.dropout == "token"
-            run = train(system, name, seeds, epochs, arguments.learning_rate, arguments.start, per_token)
+            run = train(
+                system,
+                name,
+                seeds,
+                epochs,
+                arguments.learning_rate,
+                arguments.start,
+                per_token,
+                arguments.attention_dropout,
+            )
             command = (
                 f"python -m benchmarks.synthetics --languages={name} --share={arguments.share:g} --seeds={arguments.seeds} "
-                f"--learning_rate={arguments.learning_rate:g} --start={arguments.start} --dropout={arguments.dropout}"
+                f"--learning_rate={arguments.learning_rate:g} --start={arguments.start} --dropout={arguments.dropout} "
+                f"--attention_dropout={arguments.attention_dropout:g}"
             )
             results["systems"].setdefault(system, {})[name] = {"command": command, **run}
             path.write_text(json.dumps(results, indent=1) + "\n")

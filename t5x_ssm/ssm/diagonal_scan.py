@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from t5x_ssm.ssm import pallas_scan
+from t5x_ssm.ssm.double_float import kept
 from t5x_ssm.ssm.powers import Pole, multiply, power
 
 # Floats of the states that advance in one step: enough that a step outlasts its start, few enough to stay in cache.
@@ -68,7 +69,7 @@ def states(pole: Pole, v, state, resets=None, reverse: bool = False):
 
 def _forward(pole, v, state, resets, reverse):
     block = _block_length(*v.shape)
-    re, im = power(pole, jnp.array([1, block]))
+    re, im = map(kept, power(pole, jnp.array([1, block])))
     multiplier = _Multiplier(re[:, 0], im[:, 0], re[:, 1], im[:, 1], pole)
     x, _ = _run(multiplier, v, state, resets, block, reverse)
     return x, (multiplier, x, state, resets)
@@ -165,7 +166,7 @@ def _run_in_blocks(multiplier, v, state, barriers, partner, *, block, reverse):
     barriers = None if barriers is None else in_blocks(barriers)
 
     def at(x, t):
-        return lax.dynamic_index_in_dim(x, t, axis=2, keepdims=False)
+        return lax.dynamic_index_in_dim(x, t, axis=2, keepdims=False, allow_negative_indices=False)
 
     def entering(x, t):
         return x if barriers is None else jnp.where(at(barriers, t)[..., None, None], 0, x)
@@ -177,7 +178,7 @@ def _run_in_blocks(multiplier, v, state, barriers, partner, *, block, reverse):
         return block - 1 - i if reverse else i
 
     zero = jnp.zeros((batch, blocks, *v.shape[3:]), v.dtype)
-    first = zero.at[:, -1 if reverse else 0].set(state)
+    first = jnp.roll(jnp.concatenate([state[:, None], zero[:, 1:]], axis=1), -1 if reverse else 0, axis=1)
     if blocks > 1:
         last = lax.fori_loop(0, block, lambda i, x: advance(entering(x, place(i)), at(v, place(i))), first)
         passes = None if barriers is None else ~jnp.any(barriers, axis=2)
@@ -191,7 +192,7 @@ def _run_in_blocks(multiplier, v, state, barriers, partner, *, block, reverse):
             y = at(partner, t)
             products = products[0] + x * y, products[1] + x * _swap(y)
         x = advance(x, at(out, t))
-        return x, lax.dynamic_update_index_in_dim(out, x, t, axis=2), products
+        return x, lax.dynamic_update_index_in_dim(out, x, t, axis=2, allow_negative_indices=False), products
 
     products = None if partner is None else (zero, zero)
     _, out, products = lax.fori_loop(0, block, step, (first, v, products))
@@ -214,11 +215,16 @@ def _enter_blocks(multiplier, first, last, passes, reverse):
       reverse: blocks follow one another backwards.
     """
 
-    def body(x, inputs):
-        given, end, passes = inputs
-        moved = _times(multiplier.block_re, multiplier.block_im, x)
-        return end + (moved if passes is None else jnp.where(passes[:, None, None], moved, 0)), given + x
+    blocks = first.shape[1]
 
-    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (first, last, passes))
-    _, entered = lax.scan(body, jnp.zeros_like(first[:, 0]), inputs, reverse=reverse)
-    return jnp.moveaxis(entered, 0, 1)
+    def at(x, q):
+        return lax.dynamic_index_in_dim(x, q, axis=1, keepdims=False, allow_negative_indices=False)
+
+    def body(i, carry):
+        x, entered = carry
+        q = blocks - 1 - i if reverse else i
+        entered = lax.dynamic_update_index_in_dim(entered, at(first, q) + x, q, axis=1, allow_negative_indices=False)
+        moved = _times(multiplier.block_re, multiplier.block_im, x)
+        return at(last, q) + (moved if passes is None else jnp.where(at(passes, q)[:, None, None], moved, 0)), entered
+
+    return lax.fori_loop(0, blocks, body, (jnp.zeros_like(first[:, 0]), first))[1]

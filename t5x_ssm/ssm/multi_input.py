@@ -107,21 +107,22 @@ def _cast(system: MultiInput, u):
     return u.astype(jnp.promote_types(u.dtype, system.d.dtype))
 
 
-def _matmul(x, matrix, activations):
+# The projections see all tokens as rows of one matrix, and their own matrices are put together from parts as these are
+# kept, [outputs, inputs]. Then the gradient of a matrix is (cotangents)ᵀ (rows), and nothing has to be transposed; for
+# batched rows or for matrices of transposed parts XLA on CPU begins by transposing, the sequence or each part.
+
+
+def _matmul(rows, matrix, activations):
+    """rows [R, I] and matrix [O, I] to [R, O]."""
     # Accelerators multiply float32 in passes of bfloat16. Where the activations are bfloat16 anyway, three passes keep
     # twice their digits; float32 takes six.
     precision = lax.Precision.HIGH if activations.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    return jnp.dot(x, matrix, precision=precision)
-
-
-# The projections see all tokens as rows of one matrix, and their own matrices are put together from transposed parts. Then
-# the gradient of a matrix is (rows of inputs)ᵀ (rows of cotangents); as its transpose, which XLA on CPU prefers for
-# batched rows or for transposed whole matrices, it would begin by transposing the sequence.
+    return jnp.einsum("ri,oi->ro", rows, matrix, precision=precision)
 
 
 def _enter(system: MultiInput, u):
     """B̄u as planes: [..., H] to [..., 2, P]."""
-    matrix = jnp.concatenate([system.b_re.T, system.b_im.T], axis=1)  # [H, 2P]
+    matrix = jnp.concatenate([system.b_re, system.b_im])  # [2P, H]
     return _matmul(_cast(system, u).reshape(-1, u.shape[-1]), matrix, u).reshape(*u.shape[:-1], 2, -1)
 
 
@@ -131,7 +132,7 @@ def _leave(system: MultiInput, x, u, backward=None):
     rows = _cast(system, u).reshape(-1, u.shape[-1])
     y = system.d * rows
     for c_re, c_im, planes in pairs:
-        y = y + _matmul(planes.reshape(len(rows), -1), jnp.concatenate([c_re.T, -c_im.T]), u)
+        y = y + _matmul(planes.reshape(len(rows), -1), jnp.concatenate([c_re, -c_im], axis=1), u)
     return y.reshape(u.shape).astype(u.dtype)
 
 

@@ -33,8 +33,14 @@ def test_sums_and_products_keep_twice_the_digits(call):
 
 
 def test_exponential(call):
-    x = RNG.uniform(-60, 60, 2000).astype(np.float32)
-    np.testing.assert_allclose(call(double_float.exp, x), np.exp(exact(x)), rtol=1e-11)
+    x = RNG.uniform(-44, 44, 20000).astype(np.float32)
+    np.testing.assert_allclose(call(double_float.exp, x), np.exp(exact(x)), rtol=2e-12)
+
+
+def test_exponential_outside_its_range_is_the_plain_one(call):
+    x = np.array([-np.inf, -200, -88, -44, 44, 88, 100, np.inf], np.float32)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(call(double_float.exp, x), np.exp(x), rtol=2e-7, atol=1e-37)
 
 
 def test_cosine_and_sine(call):
