@@ -148,7 +148,8 @@ def check_a_state_comes_in_and_goes_out(name):
     def run(params, x, state, segments):
         def both(params, x, state):
             y, end = layer.apply({"params": params}, x, initial_state=state, segment_ids=segments, **call)
-            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves((y, end))), (y, end)
+            # Outputs reach 130, where a sine would magnify their rounding.
+            return sum(jnp.sum(jnp.sin(leaf / 32)) for leaf in jax.tree.leaves((y, end))), (y, end)
 
         return jax.value_and_grad(both, argnums=(0, 1, 2), has_aux=True)(params, x, state)
 
