@@ -245,7 +245,7 @@ def table(results: dict[str, Any]) -> str:
         for (command, epochs), systems in trained.items():
             share = f"{epochs} epochs of the paper's {EPOCHS[name]}, the schedule shortened with them"
             if epochs == EPOCHS[name]:
-                share = f"{epochs} epochs, as in the paper"
+                share = f"{epochs} epochs, as many as in the paper"
             lines.append(f"- {name}, {', '.join(systems)}: {share}. `{command}`")
         return lines
 
@@ -261,7 +261,7 @@ def table(results: dict[str, Any]) -> str:
             *(line for name in EPOCHS for line in how(name)),
             f"- Seeds {', '.join(map(str, results['seeds']))}.",
             "- A schedule shorter than the paper's ends before a network has learnt what it can: a figure below the paper's is then no",
-            "  evidence against it. What `--learning_rate`, `--start` and `--dropout` change is not the paper's either.",
+            "  evidence against it. What `--learning_rate`, `--start` and the two of dropout change is not the paper's either.",
             f"- {sum(run['seconds'] for run in runs):,.0f} seconds of training on {machine['cores']} cores ({machine['processor']}), "
             f"jax {machine['jax']}. Curves, seconds and parameter counts of each: [synthetics.json](synthetics.json).",
             "",
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--start", choices=STARTS, default=STARTS[0], help="how weights start")
     parser.add_argument("--dropout", choices=DROPOUTS, default=DROPOUTS[0], help="what has a mask of its own")
-    parser.add_argument("--attention_dropout", type=float, default=ATTENTION_DROPOUT)
+    parser.add_argument("--attention_dropout", type=float, default=ATTENTION_DROPOUT, help="on the attention weights")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--systems", default=",".join(PATTERNS))
     parser.add_argument("--languages", default=",".join(EPOCHS))

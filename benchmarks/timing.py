@@ -1,8 +1,8 @@
 """Seconds of programs that take turns, so that whatever else the machine does meets all of them alike."""
 
 import time
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 
@@ -16,13 +16,14 @@ def seconds_of(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def in_turns(
-    runs: dict[Hashable, Callable[[], Any]], repeats: int, measure: Callable = seconds_of
-) -> dict[Hashable, list]:
+Name = TypeVar("Name")
+
+
+def in_turns(runs: Mapping[Name, Any], repeats: int, measure: Callable[[Any], Any] = seconds_of) -> dict[Name, list]:
     """`measure` of each run, one after another, `repeats` times, after one round that is not counted."""
     for run in runs.values():
         measure(run)
-    values: dict[Hashable, list] = {name: [] for name in runs}
+    values: dict[Name, list] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             values[name].append(measure(run))

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from t5x_ssm.ssm import pallas_scan
-from t5x_ssm.ssm.double_float import kept
+from t5x_ssm.ssm.double_float import computed_once
 from t5x_ssm.ssm.powers import Pole, multiply, power
 
 # Floats of the states that advance in one step: enough that a step outlasts its start, few enough to stay in cache.
@@ -69,7 +69,8 @@ def states(pole: Pole, v, state, resets=None, reverse: bool = False):
 
 def _forward(pole, v, state, resets, reverse):
     block = _block_length(*v.shape)
-    re, im = map(kept, power(pole, jnp.array([1, block])))
+    # All loops, of the backward pass too, share these sines and cosines.
+    re, im = map(computed_once, power(pole, jnp.array([1, block])))
     multiplier = _Multiplier(re[:, 0], im[:, 0], re[:, 1], im[:, 1], pole)
     x, _ = _run(multiplier, v, state, resets, block, reverse)
     return x, (multiplier, x, state, resets)
@@ -178,7 +179,8 @@ def _run_in_blocks(multiplier, v, state, barriers, partner, *, block, reverse):
         return block - 1 - i if reverse else i
 
     zero = jnp.zeros((batch, blocks, *v.shape[3:]), v.dtype)
-    first = jnp.roll(jnp.concatenate([state[:, None], zero[:, 1:]], axis=1), -1 if reverse else 0, axis=1)
+    parts = [state[:, None].astype(v.dtype), zero[:, 1:]]
+    first = jnp.concatenate(parts[::-1] if reverse else parts, axis=1)
     if blocks > 1:
         last = lax.fori_loop(0, block, lambda i, x: advance(entering(x, place(i)), at(v, place(i))), first)
         passes = None if barriers is None else ~jnp.any(barriers, axis=2)

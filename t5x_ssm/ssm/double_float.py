@@ -2,12 +2,13 @@
 
 A phase of 30 radians a step is 2 million radians after 65,536 steps: to know that angle to 10⁻⁴ the phase must have 11
 correct digits, and a float32 has 7. Accelerators have no float64, so phases and time steps are kept as pairs with about
-45 correct bits. Only the parameters of a system go through here, never the sequence, so the cost does not matter.
+45 correct bits. Only the parameters of a system go through here, and the sizes of irregular steps, never the sequence itself: what
+counts is how long the compiler takes over them.
 
 Every function takes and gives derivatives as its first-order expression on the high parts does: a low part is a constant.
 In float64 (under x64) the low parts are harmless and tiny.
 
-The error-free transformations are Knuth's sum and Dekker's split.
+The error-free transformations are Knuth's sum, Dekker's sum of ordered terms, and products of halves split off by a mask.
 """
 
 from typing import NamedTuple
@@ -33,11 +34,11 @@ def double(x) -> Double:
     return Double(x, jnp.zeros_like(x))
 
 
-def kept(x):
-    """x, as a remainder of the largest number.
+def computed_once(x):
+    """x as a remainder of the largest number: a finite x; infinities become NaN.
 
     XLA on CPU fuses chains of small operations into each of the operations that need them, and so compiles and computes
-    them several times. A remainder it keeps.
+    them several times. A remainder it does not repeat.
     """
     return lax.rem(x, jnp.full_like(x, jnp.finfo(x.dtype).max))
 
@@ -45,7 +46,8 @@ def kept(x):
 def constant(value, dtype) -> Double:
     """A float64 number or numpy array rounded to a pair of `dtype`, which the compiler does not see through.
 
-    Compilers turn (x + 1) - 1 into x; every constant that meets an error-free sum comes from here.
+    Compilers turn (x + 1) - 1 into x; every number that meets an error-free sum comes from here (tables that are indexed need
+    not: their entries are not known).
     """
     value = np.asarray(value, np.float64)
     high = value.astype(dtype)
@@ -156,7 +158,7 @@ def exp(x) -> Double:
     difference = _sum_of_floats(root - value * _power_of_two(-octave), root * leading)
     small = rest + (root * (r - leading) + (middle * (r + growth) + root * growth))
     low = (difference.high + middle) + (difference.low + small)
-    return Double(simple, kept(jnp.where(jnp.abs(x) < _LARGEST_EXPONENT, low * _power_of_two(octave), 0)))
+    return Double(simple, computed_once(jnp.where(jnp.abs(x) < _LARGEST_EXPONENT, low * _power_of_two(octave), 0)))
 
 
 def _power_of_two(exponents):
@@ -169,7 +171,8 @@ def reduce_turns(turns: Double) -> Double:
     # Remainders are exact; and a compiler keeps them rather than repeat them with all that leads to them.
     one = jnp.ones_like(turns.high)
     rest, low = lax.rem(turns.high, one), lax.rem(turns.low, one)
-    return _with_derivative_of(turns.high, _sum_of_floats(rest - jnp.round(rest), low))
+    # The whole turns are those of the sum: more than half a turn would be too much for `fraction_of_turns`.
+    return _with_derivative_of(turns.high, _sum_of_floats(rest - jnp.round(rest + low), low))
 
 
 _SECTORS = 256

@@ -69,5 +69,5 @@ def test_the_page_says_what_was_reached_and_after_how_many_epochs():
     assert of_dss == (
         "- associative_recall, dss: 10 epochs of the paper's 200, the schedule shortened with them. `the short command`"
     )
-    assert of_h3 == "- associative_recall, h3, attention: 200 epochs, as in the paper. `the long command`"
+    assert of_h3 == "- associative_recall, h3, attention: 200 epochs, as many as in the paper. `the long command`"
     assert "180 seconds of training" in page

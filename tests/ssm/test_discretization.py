@@ -97,3 +97,50 @@ def test_separate_steps_for_the_imaginary_part():
     np.testing.assert_allclose(re + 1j * np.asarray(im), np.exp(exponent), atol=1e-6)
     want = (np.exp(exponent) - 1) / (RE + 1j * IM[:8].repeat(16).astype(float))
     np.testing.assert_allclose(gain[0] + 1j * np.asarray(gain[1]), want, rtol=2e-6, atol=1e-9)
+
+
+def test_a_phase_of_half_a_turn_keeps_its_side():
+    """-631.46 radians are 3·10⁻⁶ beyond half a turn: over 65,536 steps that is a fifth of a turn."""
+    im = np.array([-631.460144043, 631.460144043], np.float32)
+    pole, _ = zoh(jnp.zeros(2), im, double_float.exp(jnp.zeros(2)))
+    re, im_of_power = power(pole, jnp.asarray(65536))
+    want = np.exp(65536j * im.astype(np.float64))
+    np.testing.assert_allclose(re + 1j * np.asarray(im_of_power), want, rtol=0, atol=2e-5)
+
+
+# On both sides of where the derivative changes its form, at rest, and far away.
+SIZES = np.array([0, 1e-17, 1e-8, 1e-3, 0.0999, 0.1001, 1, 30])
+
+
+@pytest.mark.parametrize(("x64", "tolerance"), [(False, 1e-5), (True, 2e-12)])
+def test_the_gain_and_its_derivative_at_every_size(x64, tolerance):
+    """Every element against the series of (e^z - 1)/z and of its derivative in extended precision; forwards and backwards."""
+    angles = np.linspace(np.pi / 2, 3 * np.pi / 2, 7)
+    z = (SIZES[:, None] * np.exp(1j * angles)).ravel()
+    with jax.enable_x64(x64):
+        re, im = jnp.asarray(z.real), jnp.asarray(z.imag)
+        step = jnp.ones(())
+        z = np.asarray(re, np.longdouble) + 1j * np.asarray(im, np.longdouble)
+        exact = np.where(z == 0, 1, z)
+        wide = np.where(z == 0, 1, (np.exp(exact) - 1) / exact)
+        slope = np.where(z == 0, 0.5, (np.exp(exact) - wide) / exact)
+        k = np.arange(2, 14)[:, None]
+        factorials = np.cumprod(np.arange(1, 15).astype(np.longdouble))  # 1!, 2!, …
+        series = 1 + z / 2 + np.sum(z**k / factorials[k], axis=0)
+        series_slope = 0.5 + z / 3 + np.sum(z**k / (factorials[k - 1] * (k + 2)), axis=0)
+        small = np.abs(z) < 0.5
+        wide, slope = np.where(small, series, wide), np.where(small, series_slope, slope)
+
+        def gain(re, im):
+            return jnp.stack(zoh(re, im, step)[1])
+
+        got = jax.jit(gain)(re, im)
+        np.testing.assert_allclose(got[0] + 1j * np.asarray(got[1]), wide.astype(complex), rtol=tolerance)
+        one, zero = jnp.ones_like(re), jnp.zeros_like(im)
+        for tangents, want in (((one, zero), slope), ((zero, one), 1j * slope)):
+            _, forward = jax.jvp(gain, (re, im), tangents)
+            np.testing.assert_allclose(forward[0] + 1j * np.asarray(forward[1]), want.astype(complex), rtol=tolerance)
+        backward = jax.grad(lambda re, im: jnp.sum(gain(re, im)[0]), argnums=(0, 1))(re, im)
+        np.testing.assert_allclose(backward[0] - 1j * np.asarray(backward[1]), slope.astype(complex), rtol=tolerance)
+        each = jax.vmap(jax.hessian(lambda z: gain(z[0], z[1])[0]))(jnp.stack([re, im], axis=1))
+        assert np.all(np.isfinite(each))

@@ -64,6 +64,18 @@ def test_turns_are_reduced_exactly(call):
     np.testing.assert_allclose(got, want - np.round(exact(turns)), rtol=0, atol=1e-12)
 
 
+def test_reduced_turns_stay_within_half_a_turn(call):
+    """Where the high part alone is half a turn, the low part decides to which side."""
+    turns = np.array([-100.5, 100.5, -0.5, 0.5, 332.5, -332.5], np.float32)[:, None]
+    low = np.array([-1e-5, -3e-6, 0, 3e-6, 1e-5], np.float32)
+    turns, low = np.broadcast_arrays(turns, low)
+    low = np.where(np.abs(turns) < 1, low * 1e-3, low).astype(np.float32)
+    got = call(lambda t, low: double_float.reduce_turns(Double(t, low)), turns, low)
+    assert np.abs(got.astype(np.float32)).max() <= 0.5
+    off = got - exact(turns, low)
+    np.testing.assert_allclose(off, np.round(off), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("function", "reference"),
     [
