@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-from benchmarks import report
+from benchmarks import report, timing
 from tasks import cache, embedded_corpus, train_vocabulary
 
 FILES = 2
@@ -92,7 +92,6 @@ def main() -> None:
         for _ in range(options.repeats):
             for name, function in work.items():
                 speeds[name].append(speed(function))
-    ratios = [ours / alone for ours, alone in zip(speeds["caching"], speeds["tokenizer"], strict=True)]
     report.write(
         "caching",
         {
@@ -100,7 +99,7 @@ def main() -> None:
             "documents": len(documents),
             "vocabulary": options.size,
             "tokens_per_cpu_second": {name: report.spread(values) for name, values in speeds.items()},
-            "caching_over_tokenizer": report.spread(ratios),
+            "caching_over_tokenizer": timing.ratios(speeds["caching"], speeds["tokenizer"]),
         },
     )
 

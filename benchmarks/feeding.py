@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from benchmarks import report
+from benchmarks import report, timing
 from t5x_ssm.data.feed import DatasetConfig, open_feed
 from t5x_ssm.data.sources import CachedMixture
 from tasks import cache
@@ -67,12 +67,11 @@ def feed(length: int, repeats: int) -> dict:
         speeds["feed"].append(tokens_a_second(indexed.next, length))
         speeds["plain"].append(tokens_a_second(plain.__next__, length))
     indexed.close()
-    ratios = [ours / theirs for ours, theirs in zip(speeds["feed"], speeds["plain"], strict=True)]
     return {
         "length": length,
         "batch": BATCH,
         "tokens_per_second": {name: report.spread(values) for name, values in speeds.items()},
-        "feed_over_plain": report.spread(ratios),
+        "feed_over_plain": timing.ratios(speeds["feed"], speeds["plain"]),
     }
 
 

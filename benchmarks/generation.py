@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import report
+from benchmarks import report, timing
 from t5x_ssm.inference.decoding import Generator
 from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.basic import MLP
@@ -120,7 +120,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         for what in ("writing", "all"):
             pair = [speeds[kind][what] for kind in ("hybrid", "transformer")]
             row[f"tokens_per_second_{what}"] = {kind: report.spread(of[what]) for kind, of in speeds.items()}
-            row[f"times_transformer_{what}"] = report.spread([a / b for a, b in zip(*pair, strict=True)])
+            row[f"times_transformer_{what}"] = timing.ratios(*pair)
         if length in PAPER:
             row["times_transformer_paper"] = PAPER[length][0] / PAPER[length][1]
         figures[str(length)] = row

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import report
+from benchmarks import report, timing
 from launch.costs import of_program
 from t5x_ssm.layers.attention import Attention
 from t5x_ssm.layers.dss import DSS
@@ -136,10 +136,9 @@ def of_processes(repeats: int) -> dict[str, Any]:
         for repeat in range(repeats):
             for processes, times in seconds.items():
                 times.append(step_seconds(processes, pathlib.Path(folder) / f"{repeat}_{processes}"))
-    ratios = [two / one for one, two in zip(seconds[1], seconds[2], strict=True)]
     return {
         "step_seconds_of_one_process": report.spread(seconds[1]),
-        "step_of_two_processes_over_one": report.spread(ratios),
+        "step_of_two_processes_over_one": timing.ratios(seconds[2], seconds[1]),
     }
 
 

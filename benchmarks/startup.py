@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks import report
+from benchmarks import report, timing
 from t5x_ssm.data import feed as feed_lib
 
 
@@ -47,13 +47,12 @@ def main() -> None:
             cache = folder / f"cache{repeat}"
             cold.append(first_step_seconds(folder / f"cold{repeat}", cache))
             warm.append(first_step_seconds(folder / f"warm{repeat}", cache))
-    ratio = [w / c for c, w in zip(cold, warm, strict=True)]
     report.write(
         "startup",
         {
             "cold_seconds": report.spread(cold),
             "warm_seconds": report.spread(warm),
-            "warm_over_cold": report.spread(ratio),
+            "warm_over_cold": timing.ratios(warm, cold),
         },
     )
 

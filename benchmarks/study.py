@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import report, study_report
+from benchmarks import report, study_report, timing
 from t5x_ssm import config as config_lib
 from t5x_ssm import train as train_lib
 from t5x_ssm.data import feed as feed_lib
@@ -243,7 +243,7 @@ def costs(widths: dict[str, int], settings: dict[str, Any], rounds: int) -> dict
     return {
         system: {
             "tokens_per_second": report.spread(values),
-            "times_baseline": report.spread([a / b for a, b in zip(values, base, strict=True)]) if base else None,
+            "times_baseline": timing.ratios(values, base) if base else None,
             **programs[system][3],
         }
         for system, values in speeds.items()

@@ -149,7 +149,7 @@ def exp(x) -> Double:
     # e^(r + drift) - 1 - r; the float square is off by 3·10⁻¹³ at most.
     growth = r * r * (1 / 2 + r * (1 / 6 + r * (1 / 24))) + drift * (1 + r)
     slices = slices.astype(jnp.int32)
-    octave = slices >> 7
+    octave = slices >> (_SLICES_OF_OCTAVE.bit_length() - 1)
     parts = jnp.asarray(_roots()).at[slices & (_SLICES_OF_OCTAVE - 1)].get(mode="promise_in_bounds")
     root, middle, rest = parts[..., 0], parts[..., 1], parts[..., 2]
     # The high part is the plain exponential, so that only what needs the low part pays for it once compiled. What the two

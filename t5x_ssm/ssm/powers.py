@@ -55,7 +55,7 @@ def fraction_of_turns(turns, turns_low, exponents):
     return value_with_derivative_of(value, length * turns)
 
 
-def log_power(pole: Pole, exponents):
+def _log_power(pole: Pole, exponents):
     """The logarithm of Ā^l, less whole turns; arguments and results as `power`."""
     exponents = jnp.asarray(exponents)
     log_decay, turns, low = (x.reshape(x.shape + (1,) * exponents.ndim) for x in pole)
@@ -73,14 +73,14 @@ def power(pole: Pole, exponents):
     Returns:
       Real and imaginary parts, each of shape S + E.
     """
-    exponent, angle = log_power(pole, exponents)
+    exponent, angle = _log_power(pole, exponents)
     size = jnp.exp(exponent)
     return size * jnp.cos(angle), size * jnp.sin(angle)
 
 
 def power_minus_one(pole: Pole, exponents):
     """Ā^l - 1 without cancellation where Ā^l is close to 1; arguments and results as `power`."""
-    exponent, angle = log_power(pole, exponents)
+    exponent, angle = _log_power(pole, exponents)
     return jnp.expm1(exponent) - 2 * jnp.exp(exponent) * jnp.sin(angle / 2) ** 2, jnp.exp(exponent) * jnp.sin(angle)
 
 
