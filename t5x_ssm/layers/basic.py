@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.layers.activations import ACTIVATIONS
 from t5x_ssm.layers.settings import require_positive
 from t5x_ssm.parallel.shard import constrain, current_mesh
 
@@ -148,23 +149,6 @@ def _is_floating(dtype: Any) -> bool:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
         return False
-
-
-class _Activations(dict[str, Callable[[Array], Array]]):
-    def __missing__(self, name: str):
-        raise UserError(f"There is no activation {name!r}; there are {', '.join(self)}.")
-
-
-# Functions by name; an unknown name is a UserError.
-ACTIVATIONS = _Activations(
-    gelu=lambda x: nn.gelu(x, approximate=False),
-    gelu_tanh=lambda x: nn.gelu(x, approximate=True),
-    relu=nn.relu,
-    silu=nn.silu,
-    sigmoid=nn.sigmoid,
-    tanh=jnp.tanh,
-    linear=lambda x: x,
-)
 
 
 class MLP(nn.Module):

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
-from t5x_ssm.layers.basic import ACTIVATIONS, Dense, Initializer, default_kernel_init
+from t5x_ssm.layers.activations import ACTIVATIONS
+from t5x_ssm.layers.basic import Dense, Initializer, default_kernel_init
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
 from t5x_ssm.layers.s5 import S5StateSpace
 from t5x_ssm.layers.settings import require_positive

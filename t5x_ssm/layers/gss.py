@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
-from t5x_ssm.layers.basic import ACTIVATIONS, Dense, LayerNorm
+from t5x_ssm.layers.activations import ACTIVATIONS
+from t5x_ssm.layers.basic import Dense, LayerNorm
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
 from t5x_ssm.layers.settings import require_positive
 from t5x_ssm.parallel.shard import constrain

@@ -22,7 +22,8 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.layers.basic import ACTIVATIONS, Dense
+from t5x_ssm.layers.activations import ACTIVATIONS, gated
+from t5x_ssm.layers.basic import Dense
 from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.gss import diagonal_axes
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
@@ -190,4 +191,4 @@ def mix_channels(layer, y: Array, enable_dropout: bool) -> Array:
     def project(name):
         return Dense(width, ("channels", "embed"), use_bias=True, dtype=layer.dtype, name=name)(z)
 
-    return project("out") * nn.sigmoid(project("gate")) if layer.output == "glu" else project("out")
+    return gated(project("out"), project("gate")) if layer.output == "glu" else project("out")

@@ -24,7 +24,8 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from t5x_ssm.errors import UserError
-from t5x_ssm.layers.basic import ACTIVATIONS, Dense
+from t5x_ssm.layers.activations import ACTIVATIONS, gated
+from t5x_ssm.layers.basic import Dense
 from t5x_ssm.layers.bidirectional import run_bidirectional
 from t5x_ssm.layers.mixer import CoreAxes, Run, run_state_space
 from t5x_ssm.layers.settings import require_choice, require_positive, require_steps, settings_of
@@ -189,5 +190,5 @@ class S5(S5Settings):
             out = g
         else:
             value = {"half_glu1": lambda: g, "half_glu2": lambda: y, "full_glu": lambda: project("out")}[self.output]()
-            out = dropout(value * nn.sigmoid(project("gate")))
+            out = dropout(gated(value, project("gate")))
         return (out, state) if return_state else out

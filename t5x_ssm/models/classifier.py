@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from t5x_ssm.errors import UserError
+from t5x_ssm.layers.activations import ACTIVATIONS
 from t5x_ssm.layers.basic import Dense, Embed, LayerNorm
 from t5x_ssm.layers.settings import require_choice
 from t5x_ssm.models.mixers import DEFAULT_MIXERS
@@ -138,4 +139,4 @@ class RetrievalClassifier(nn.Module):
         a, b = jnp.moveaxis(x.reshape(-1, 2, x.shape[-1]), 1, 0)
         features = jnp.concatenate([a, b, a - b, a * b], axis=-1)
         hidden = Dense(self.hidden or x.shape[-1], (None, "mlp"), use_bias=True, name="hidden")(features)
-        return Dense(self.num_classes, ("mlp", None), use_bias=True, name="classes")(nn.gelu(hidden))
+        return Dense(self.num_classes, ("mlp", None), use_bias=True, name="classes")(ACTIVATIONS["gelu_tanh"](hidden))
