@@ -30,7 +30,7 @@ from t5x_ssm.models.decoder import Decoder
 
 BATCH, CHANNELS = 4, 256
 LENGTHS = (1024, 4096, 16384)
-COMPILATIONS = 3
+COMPILATIONS = 7
 
 
 def compare(ours: Callable, baseline: Callable, bound: Callable, parameters, lengths, repeats: int) -> dict:

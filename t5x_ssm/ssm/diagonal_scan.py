@@ -36,27 +36,34 @@ LONGEST_BLOCK = 256
 
 
 class _Multiplier(NamedTuple):
-    """Ā and Ā^T in planes, each field [P], and the pole that they are powers of."""
+    """Ā and Ā^T, and the pole that they are powers of.
+
+    Attributes:
+      re: their real parts, [2, P].
+      im: minus and plus their imaginary parts, for the two planes of what they multiply, [2, 2, P].
+      pole: log Ā.
+    """
 
     re: jax.Array
     im: jax.Array
-    block_re: jax.Array
-    block_im: jax.Array
     pole: Pole
 
-    def conjugate(self):
-        conjugate = Pole(self.pole.log_decay, -self.pole.turns, -self.pole.turns_low)
-        return _Multiplier(self.re, -self.im, self.block_re, -self.block_im, conjugate)
+    def times(self, x, *, steps_of_block: bool = False, conjugate: bool = False):
+        """Ā x, or Ā^T x, or their conjugates times x; x in planes [..., 2, P]."""
+        which = int(steps_of_block)
+        turned = self.im[which] * _swap(x)
+        return self.re[which] * x + (-turned if conjugate else turned)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def states(pole: Pole, v, state, resets=None, reverse: bool = False):
+def states(pole: Pole, v, state=None, resets=None, reverse: bool = False):
     """The states after every token.
 
     Args:
       pole: log Ā, fields [P].
       v: what enters, B̄u, as planes [B, L, 2, P].
-      state: the state before the first token (after the last one when `reverse`), [B, 2, P].
+      state: the state before the first token (after the last one when `reverse`), [B, 2, P]; None for
+        zero.
       resets: bool [B, L], True where nothing passes between that token and the one before it, in either direction; the
         given state of a forward run does not pass a reset at token 0. None for nowhere.
       reverse: x[l] = Ā x[l+1] + v[l] instead.
@@ -70,8 +77,8 @@ def states(pole: Pole, v, state, resets=None, reverse: bool = False):
 def _forward(pole, v, state, resets, reverse):
     block = _block_length(*v.shape)
     # All loops, of the backward pass too, share these sines and cosines.
-    re, im = map(computed_once, power(pole, jnp.array([1, block])))
-    multiplier = _Multiplier(re[:, 0], im[:, 0], re[:, 1], im[:, 1], pole)
+    re, im = map(computed_once, jax.vmap(functools.partial(power, pole))(jnp.array([1, block])))
+    multiplier = _Multiplier(re, jnp.stack([-im, im], axis=1), pole)
     x, _ = _run(multiplier, v, state, resets, block, reverse)
     return x, (multiplier, x, state, resets)
 
@@ -79,16 +86,17 @@ def _forward(pole, v, state, resets, reverse):
 def _backward(reverse, residuals, x_bar):
     multiplier, x, state, resets = residuals
     block = _block_length(*x.shape)
-    v_bar, products = _run(multiplier.conjugate(), x_bar, jnp.zeros_like(state), resets, block, not reverse, partner=x)
-    # The last step of the adjoint, into the given state.
-    first = -1 if reverse else 0
-    entered = v_bar[:, first]
-    if resets is not None and not reverse:
-        entered = jnp.where(resets[:, 0, None, None], 0, entered)
-    state_bar = _times(multiplier.re, -multiplier.im, entered)
-    re, im = products[0] + jnp.sum(entered * state, (0, 1)), products[1] + _cross(entered, state)
+    v_bar, (re, im) = _run(multiplier, x_bar, None, resets, block, not reverse, partner=x)
+    state_bar = None
+    if state is not None:
+        # The last step of the adjoint, into the given state.
+        entered = v_bar[:, -1 if reverse else 0]
+        if resets is not None and not reverse:
+            entered = jnp.where(resets[:, 0, None, None], 0, entered)
+        state_bar = multiplier.times(entered, conjugate=True)
+        re, im = re + jnp.sum(entered * state, (0, 1)), im + _cross(entered, state)
     # From dL/dĀ to dL/d log Ā; the phase is in turns.
-    log_decay, angle = multiply(re, im, multiplier.re, -multiplier.im)
+    log_decay, angle = multiply(re, im, multiplier.re[0], multiplier.im[0, 0])
     pole_bar = Pole(log_decay, 2 * np.pi * angle, jnp.zeros_like(angle))
     return pole_bar, v_bar, state_bar, None
 
@@ -114,11 +122,6 @@ def _cross(x, y):
     return jnp.sum(product[..., 1, :] - product[..., 0, :], tuple(range(product.ndim - 2)))
 
 
-def _times(re, im, x):
-    """The complex product with numbers [P]."""
-    return re * x + jnp.stack([-im, im]) * _swap(x)
-
-
 def _run(multiplier, v, state, resets, block, reverse, partner=None):
     """The recurrence, by the implementation of the platform.
 
@@ -126,7 +129,8 @@ def _run(multiplier, v, state, resets, block, reverse, partner=None):
       multiplier: see `_Multiplier`.
       v, state, resets, reverse: as in `states`.
       block: T.
-      partner: for the gradient of Ā, the states [B, L, 2, P] of the run whose adjoint this is.
+      partner: the states [B, L, 2, P] of the run whose adjoint this is: the multiplier is conj(Ā), and the gradient of Ā is
+        added up on the way.
 
     Returns:
       The states [B, L, 2, P]; with a partner y also the real and imaginary part of Σ conj(y[l]) x[l-1] (l+1 when
@@ -140,19 +144,27 @@ def _run(multiplier, v, state, resets, block, reverse, partner=None):
     def in_blocks(multiplier, *arrays):
         return _run_in_blocks(multiplier, *arrays, block=block, reverse=reverse)
 
-    def in_kernel(multiplier, v, state, barriers, partner):
-        return pallas_scan.scan(pallas_scan.powers(multiplier.pole), v, state, barriers, reverse, partner)
-
     arrays = (multiplier, v, state, barriers, partner)
     if v.dtype != jnp.float32:
         return in_blocks(*arrays)
-    return lax.platform_dependent(*arrays, tpu=in_kernel, default=in_blocks)
+    return lax.platform_dependent(*arrays, tpu=functools.partial(_run_in_kernel, reverse=reverse), default=in_blocks)
+
+
+def _run_in_kernel(multiplier, v, state, barriers, partner, *, reverse, interpret=False):
+    """The recurrence as `pallas_scan`'s kernel; arguments and results as `_run_in_blocks`."""
+    pole = multiplier.pole
+    if state is None:
+        state = jnp.zeros((v.shape[0], *v.shape[2:]), v.dtype)
+    if partner is not None:
+        pole = Pole(pole.log_decay, -pole.turns, -pole.turns_low)
+    return pallas_scan.scan(pallas_scan.powers(pole), v, state, barriers, reverse, partner, interpret=interpret)
 
 
 def _run_in_blocks(multiplier, v, state, barriers, partner, *, block, reverse):
     """The recurrence in blocks; `barriers`, bool [B, L] or None, are where the state that would enter a token is zero."""
     batch, length = v.shape[:2]
     blocks = -(-length // block)
+    adjoint = partner is not None
     # Zeros go where the run ends, so that the given state meets the first token.
     room = blocks * block - length
     side = (room, 0) if reverse else (0, room)
@@ -173,18 +185,20 @@ def _run_in_blocks(multiplier, v, state, barriers, partner, *, block, reverse):
         return x if barriers is None else jnp.where(at(barriers, t)[..., None, None], 0, x)
 
     def advance(x, v):
-        return _times(multiplier.re, multiplier.im, x) + v
+        return multiplier.times(x, conjugate=adjoint) + v
 
     def place(i):
         return block - 1 - i if reverse else i
 
-    zero = jnp.zeros((batch, blocks, *v.shape[3:]), v.dtype)
-    parts = [state[:, None].astype(v.dtype), zero[:, 1:]]
-    first = jnp.concatenate(parts[::-1] if reverse else parts, axis=1)
+    first = zero = jnp.zeros((batch, blocks, *v.shape[3:]), v.dtype)
+    if state is not None:
+        parts = [state[:, None].astype(v.dtype), zero[:, 1:]]
+        first = jnp.concatenate(parts[::-1] if reverse else parts, axis=1)
     if blocks > 1:
         last = lax.fori_loop(0, block, lambda i, x: advance(entering(x, place(i)), at(v, place(i))), first)
         passes = None if barriers is None else ~jnp.any(barriers, axis=2)
-        first = _enter_blocks(multiplier, first, last, passes, reverse)
+        over_block = functools.partial(multiplier.times, steps_of_block=True, conjugate=adjoint)
+        first = _enter_blocks(over_block, first, last, passes, reverse)
 
     def step(i, carry):
         x, out, products = carry
@@ -206,11 +220,11 @@ def _run_in_blocks(multiplier, v, state, barriers, partner, *, block, reverse):
     return out, products
 
 
-def _enter_blocks(multiplier, first, last, passes, reverse):
+def _enter_blocks(over_block, first, last, passes, reverse):
     """The states that enter the blocks.
 
     Args:
-      multiplier: see `_Multiplier`.
+      over_block: what a block does to the state that enters it, [B, 2, P] to [B, 2, P].
       first: [B, Q, 2, P], the given state in the block where the run begins and zero in the others.
       last: [B, Q, 2, P], the states with which the blocks end when they begin with `first`.
       passes: bool [B, Q], False where a reset is in the block; None where there are none.
@@ -226,7 +240,7 @@ def _enter_blocks(multiplier, first, last, passes, reverse):
         x, entered = carry
         q = blocks - 1 - i if reverse else i
         entered = lax.dynamic_update_index_in_dim(entered, at(first, q) + x, q, axis=1, allow_negative_indices=False)
-        moved = _times(multiplier.block_re, multiplier.block_im, x)
+        moved = over_block(x)
         return at(last, q) + (moved if passes is None else jnp.where(at(passes, q)[:, None, None], moved, 0)), entered
 
     return lax.fori_loop(0, blocks, body, (jnp.zeros_like(first[:, 0]), first))[1]

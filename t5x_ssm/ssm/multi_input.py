@@ -92,7 +92,8 @@ def s5(
         whole_turns = lax.stop_gradient(jnp.round(step.high * lambda_im / (2 * jnp.pi) - pole.turns))
     else:
         pole, gain = bilinear(lambda_re, lambda_im, step)
-    b = multiply(gain[0][:, None], gain[1][:, None], b_re, b_im)
+    # Spread before it is used twice, so that its gradient is one sum over channels.
+    b = multiply(*(jnp.broadcast_to(x[:, None], b_re.shape) for x in gain), b_re, b_im)
     factor = 2 if conjugate_pairs else 1
     return MultiInput(pole, *b, factor * c_re, factor * c_im, d, whole_turns)
 
@@ -156,8 +157,8 @@ def zero_state(system: MultiInput, batch_size: int):
 
 
 def _all_states(system: MultiInput, u, state, resets, reverse=False):
-    state = zero_state(system, u.shape[0]) if state is None else state
-    return states(system.pole, _enter(system, u), _planes(state), resets, reverse)
+    state = None if state is None else _planes(state)
+    return states(system.pole, _enter(system, u), state, resets, reverse)
 
 
 def convolve(system: MultiInput, u):
@@ -265,8 +266,8 @@ def prefill(system: MultiInput, u, lengths, *, state=None):
     Returns:
       y [B, L, H] in u's type, and the state. Tokens at and after lengths[b] do not enter the state.
     """
-    state = zero_state(system, u.shape[0]) if state is None else state
     x = _all_states(system, u, state, None)
+    state = zero_state(system, u.shape[0]) if state is None else state
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None, None], axis=1)[:, 0]
     last = jnp.where((lengths > 0)[:, None, None], last, _planes(state))
     return _leave(system, x, u), _pair(last)
@@ -292,7 +293,6 @@ def bidirectional(system: MultiInput, backward: MultiInput, u, *, resets=None):
     Returns:
       [B, L, H] in u's type.
     """
-    zero = _planes(zero_state(system, u.shape[0]))
     v = _enter(system, u)
-    ahead, back = (states(system.pole, v, zero, resets, reverse) for reverse in (False, True))
+    ahead, back = (states(system.pole, v, None, resets, reverse) for reverse in (False, True))
     return _leave(system, ahead, u, ((backward.c_re, backward.c_im), back))
