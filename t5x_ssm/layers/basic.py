@@ -3,6 +3,7 @@
 Parameters are float32 and carry logical axes; computation follows `dtype`. Norm statistics and logits are float32.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
+from jax.ad_checkpoint import checkpoint_name
 
 from t5x_ssm.errors import UserError
 from t5x_ssm.layers.activations import ACTIVATIONS
@@ -83,16 +85,30 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if self.center:
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        shape = (x.shape[-1],)
-        if self.use_scale:
-            y = y * partitioning.param_with_axes("scale", nn.initializers.ones, shape, jnp.float32, axes=(self.axis,))
-        if self.use_bias:
-            y = y + partitioning.param_with_axes("bias", nn.initializers.zeros, shape, jnp.float32, axes=(self.axis,))
-        return y.astype(self.dtype)
+        def param(name, init):
+            return partitioning.param_with_axes(name, init, (x.shape[-1],), jnp.float32, axes=(self.axis,))
+
+        scale = param("scale", nn.initializers.ones) if self.use_scale else None
+        bias = param("bias", nn.initializers.zeros) if self.use_bias else None
+
+        # Differentiated as it is written this keeps three float32 arrays of x's size. Kept here are x in its own type and
+        # the statistics of each token, so that no sum over a sharded axis is made twice.
+        @functools.partial(
+            jax.checkpoint,
+            prevent_cse=False,
+            policy=jax.checkpoint_policies.save_only_these_names("norm_statistics"),
+        )
+        def normalize(x, scale, bias):
+            y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            if self.center:
+                y = y - checkpoint_name(jnp.mean(y, axis=-1, keepdims=True), "norm_statistics")
+            size = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+            y = y * checkpoint_name(size, "norm_statistics")
+            y = y if scale is None else y * scale
+            y = y if bias is None else y + bias
+            return y.astype(self.dtype)
+
+        return normalize(x, scale, bias)
 
 
 class RMSNorm(LayerNorm):

@@ -73,9 +73,20 @@ def power(pole: Pole, exponents):
     Returns:
       Real and imaginary parts, each of shape S + E.
     """
-    exponent, angle = _log_power(pole, exponents)
+    return _exponential(*_log_power(pole, exponents))
+
+
+@jax.custom_jvp
+def _exponential(exponent, angle):
+    """e^(exponent + i angle) as a pair, which is also all that its gradient keeps (five arrays of this size otherwise)."""
     size = jnp.exp(exponent)
     return size * jnp.cos(angle), size * jnp.sin(angle)
+
+
+@_exponential.defjvp
+def _(primals, tangents):
+    value = _exponential(*primals)
+    return value, multiply(*value, *tangents)
 
 
 def power_minus_one(pole: Pole, exponents):
