@@ -111,13 +111,27 @@ def _dense(q, k, v, at, to, *, visible, bias, dropout, heads_first=False):
         added = bias(*(places.positions if places.shared is None else places.shared for places in (at, to)))
         logits = logits + added.reshape(*added.shape[:-3], kv_heads, groups, *added.shape[-2:])
     logits = jnp.where(visible(at, to)[..., None, None, :, :], logits, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    weights = _softmax(logits).astype(v.dtype)
     if dropout is not None:
         rate, key = dropout
         kept = jax.random.bernoulli(key, 1 - rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - rate), 0)
     out = jnp.einsum(f"...hgqk,{keys}->...qhgd", weights, v)
     return out.reshape(*out.shape[:-3], -1, out.shape[-1])
+
+
+@jax.custom_jvp
+def _softmax(logits):
+    """Over the last axis. Its gradient keeps the weights alone; jax.nn.softmax, a program of its own, hands them out twice."""
+    weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+@_softmax.defjvp
+def _(primals, tangents):
+    weights = _softmax(*primals)
+    along = weights * tangents[0]
+    return weights, along - weights * jnp.sum(along, axis=-1, keepdims=True)
 
 
 def _in_pieces(q, k, v, at, to, *, visible, bias, dropout, heads_first=False):
