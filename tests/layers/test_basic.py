@@ -37,6 +37,34 @@ def test_norm_statistics_are_float32_under_bfloat16():
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.where(np.arange(4096) % 2 == 0, 1.0, -1.0)[None])
 
 
+@pytest.mark.parametrize(("norm", "center"), [(LayerNorm, True), (RMSNorm, False)])
+def test_gradients_of_norms(norm, center):
+    x, weight = 3 + 5 * inputs(2, 4, 6), inputs(2, 4, 6, seed=2)
+    layer, params = norm(epsilon=1e-2), random_parameters(norm(), x)
+    of_params, of_x = jax.grad(lambda p, x: jnp.sum(weight * layer.apply({"params": p}, x)), argnums=(0, 1))(params, x)
+    # With x̂ the normalized x and r what scales it: dx = r (g - mean g - x̂ mean(g x̂)) for g = scale dy.
+    p, exact, dy = oracles.numpy_tree(params), np.float64(x), np.float64(weight)
+    centered = exact - center * exact.mean(-1, keepdims=True)
+    r = 1 / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-2)
+    g = dy * p["scale"]
+    want = r * (g - centered * r * (g * centered * r).mean(-1, keepdims=True))
+    want -= center * want.mean(-1, keepdims=True)
+    np.testing.assert_allclose(of_x, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(of_params["scale"], (dy * centered * r).sum((0, 1)), rtol=1e-5, atol=1e-5)
+    if center:
+        np.testing.assert_allclose(of_params["bias"], dy.sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+def test_norm_keeps_its_input_and_its_statistics(norm):
+    x = jnp.ones((3, 50), jnp.bfloat16)
+    layer = norm(dtype=jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)
+    kept = jax.tree.leaves(jax.vjp(lambda x: layer.apply(params, 2 * x), x)[1])
+    assert [leaf.dtype for leaf in kept if leaf.size == x.size] == [jnp.bfloat16]
+    assert all(leaf.size <= 50 for leaf in kept if leaf.size != x.size)
+
+
 def test_dense_computes_in_its_dtype_from_float32_parameters():
     x = inputs(3, 5)
     layer = Dense(4, ("embed", "mlp"), use_bias=True, dtype=jnp.bfloat16)

@@ -172,3 +172,24 @@ def test_the_tpu_compiler_takes_it_without_a_collective_inside(head_dim, length)
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, segments).compile().as_text()
     assert {name for name in ("fwd", "dq", "dkv") if f"splash_mqa_{name}" in text} == {"fwd", "dq", "dkv"}
     assert not any(kind in text for kind in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute("))
+
+
+def test_dense_attention_keeps_its_weights_once():
+    """What one more of scanned layers of attention adds to the memory of a compiled gradient."""
+    length, layers = 128, (2, 6)
+    q, k, v, segments = arrays(length)
+    here = Places(jnp.arange(length)[None], jnp.asarray(segments))
+
+    def loss(q, k, v, scales):
+        def layer(q, scale):
+            return scale * dot_product.attention(q, k, v, here, here, functools.partial(visible, True)), None
+
+        return jnp.sum(jax.lax.scan(layer, q, scales)[0])
+
+    def temporary_bytes(layers):
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, jnp.ones(layers)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    weights = 4 * ROWS * HEADS * length**2
+    added = (temporary_bytes(layers[1]) - temporary_bytes(layers[0])) / (layers[1] - layers[0])
+    assert weights < added < 1.5 * weights

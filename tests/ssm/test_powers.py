@@ -85,3 +85,26 @@ def test_one_step_as_pairs_keeps_its_size_and_phase_over_65536_products():
     # One float32 alone would be off by much more: the test would not see a lost low part otherwise.
     single = np.asarray(a_re.high, np.float64) + 1j * np.asarray(a_im.high, np.float64)
     assert np.abs(single**65536 - want**65536).max() > 1e-4
+
+
+def test_gradients_of_powers_against_complex_numbers():
+    random = np.random.default_rng(0)
+    decay, turns = -random.uniform(0.001, 0.3, 6), random.uniform(-0.5, 0.5, 6)
+    exponents, weights = np.arange(9), random.normal(size=(2, 6, 9))
+
+    def loss(decay, turns):
+        re, im = powers.power(Pole(decay, turns, jnp.zeros_like(turns)), jnp.asarray(exponents))
+        return jnp.sum(weights[0] * re + weights[1] * im)
+
+    found = jax.grad(loss, argnums=(0, 1))(jnp.float32(decay), jnp.float32(turns))
+    # d/ds Re(conj(w) e^{ls}) is Re(conj(w) l e^{ls}), and the phase is in turns.
+    power = np.exp(exponents * (decay + 2j * np.pi * turns)[:, None])
+    of_exponent = (weights[0] - 1j * weights[1]) * exponents * power
+    np.testing.assert_allclose(found[0], of_exponent.real.sum(1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[1], (2j * np.pi * of_exponent).real.sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_powers_keep_themselves_for_their_gradient():
+    pole = Pole(*jnp.full((3, 8), -0.1))
+    kept = jax.tree.leaves(jax.vjp(lambda pole: powers.power(pole, jnp.arange(20)), pole)[1])
+    assert sum(leaf.size == 160 for leaf in kept) == 2
