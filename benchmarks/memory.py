@@ -1,8 +1,8 @@
 """What a layer keeps for the backward pass: `python -m benchmarks.memory [--width=256] [--length=1024]`.
 
-Networks of every mixer (with a feed-forward block of four times the width where its paper has one), scanned over their layers, float32, 4 rows. What one more
-layer adds to the temporary memory of a compiled gradient, in numbers per token and channel, from networks of 4 and 8 layers; for
-every rematerialization policy. Nothing is run. Writes benchmarks/results/memory.json.
+Networks of every mixer, with a feed-forward block of four times the width where one follows it, scanned over their layers, float32,
+4 rows. What one more layer adds to the temporary memory of a compiled gradient, in numbers per token and channel, from networks of 4
+and 8 layers; for every rematerialization policy. Nothing is run. Writes benchmarks/results/memory.json.
 """
 
 import argparse
