@@ -1,10 +1,10 @@
 """Nonlinearities by name, each of which keeps one array for its gradient: its derivative.
 
 Differentiated as it is written, a GELU keeps five arrays of its input's size (three when exact), and in a scan over layers all of
-them are stored for every layer. Here the derivative is worked out beside the value, where both share the costly
-function, so that the backward pass is one product.
+them are stored for every layer. Here the derivative is worked out beside the value, and the backward pass is one product.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,44 +17,40 @@ from t5x_ssm.errors import UserError
 Array = jax.Array
 
 
-def _keeping_derivative(value_and_derivative: Callable[[Array], tuple[Array, Array]]) -> Callable[[Array], Array]:
-    """The function x -> f(x), elementwise, from x -> (f(x), f'(x))."""
+def _keeping_derivative(
+    value: Callable[[Array], Array], derivative: Callable[[Array], Array]
+) -> Callable[[Array], Array]:
+    """The elementwise function `value` with its derivative."""
 
     @jax.custom_jvp
     def function(x):
-        return value_and_derivative(x)[0]
+        return value(x)
 
     @function.defjvp
     def jvp(primals, tangents):
-        y, derivative = value_and_derivative(*primals)
-        return y, derivative * tangents[0]
+        return value(*primals), derivative(*primals) * tangents[0]
 
-    function.__name__ = value_and_derivative.__name__
     return function
 
 
-@_keeping_derivative
-def gelu(x):
+def _gelu_derivative(x):
     cdf = 0.5 * lax.erfc(-np.sqrt(0.5).astype(x.dtype) * x)
-    density = np.sqrt(0.5 / np.pi).astype(x.dtype) * jnp.exp(-0.5 * x * x)
-    return x * cdf, cdf + x * density
+    return cdf + x * (np.sqrt(0.5 / np.pi).astype(x.dtype) * jnp.exp(-0.5 * x * x))
 
 
-@_keeping_derivative
-def gelu_tanh(x):
-    # The derivative has (1 + tanh z) / 2 from exp(-2|z|), as a quotient: nothing cancels on either side, and it shares nothing
-    # that is costly with the value, which XLA on CPU would store.
+def _gelu_tanh_derivative(x):
+    # With (1 + tanh z) / 2 from exp(-2|z|), as a quotient: nothing cancels on either side, and it shares nothing that is costly
+    # with the value, which XLA on CPU would store.
     cubic, scale = 0.044715, np.sqrt(8 / np.pi).astype(x.dtype)
     square = x * x
     small = jnp.exp(-jnp.abs(scale * x * (1 + cubic * square)))
     slope = jnp.where(x < 0, small, 1) * (1 + small) + small * scale * x * (1 + 3 * cubic * square)
-    return jax.nn.gelu(x), slope / jnp.square(1 + small)
+    return slope / jnp.square(1 + small)
 
 
-@_keeping_derivative
-def silu(x):
+def _silu_derivative(x):
     s = lax.logistic(x)
-    return x * s, s * (1 + x * (1 - s))
+    return s * (1 + x * (1 - s))
 
 
 @jax.custom_jvp
@@ -78,10 +74,10 @@ class _Activations(dict[str, Callable[[Array], Array]]):
 
 # Functions by name; an unknown name is a UserError.
 ACTIVATIONS = _Activations(
-    gelu=gelu,
-    gelu_tanh=gelu_tanh,
+    gelu=_keeping_derivative(functools.partial(jax.nn.gelu, approximate=False), _gelu_derivative),
+    gelu_tanh=_keeping_derivative(jax.nn.gelu, _gelu_tanh_derivative),
     relu=jax.nn.relu,
-    silu=silu,
+    silu=_keeping_derivative(jax.nn.silu, _silu_derivative),
     sigmoid=jax.nn.sigmoid,
     tanh=jnp.tanh,
     linear=lambda x: x,

@@ -102,8 +102,8 @@ class LayerNorm(nn.Module):
             y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             if self.center:
                 y = y - checkpoint_name(jnp.mean(y, axis=-1, keepdims=True), "norm_statistics")
-            size = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-            y = y * checkpoint_name(size, "norm_statistics")
+            variance = checkpoint_name(jnp.mean(jnp.square(y), axis=-1, keepdims=True), "norm_statistics")
+            y = y * jax.lax.rsqrt(variance + self.epsilon)
             y = y if scale is None else y * scale
             y = y if bias is None else y + bias
             return y.astype(self.dtype)

@@ -78,7 +78,7 @@ POLICIES = [policy for policy in REMAT_POLICIES if policy != "none"]
 def test_rematerialization_changes_nothing_that_is_learnt(pattern, policy):
     losses, params, calls = trained(pattern, policy)
     expected_losses, expected, none = trained(pattern, "none")
-    assert calls > none == 0
+    assert calls > none  # norms have a policy of their own
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
     assert losses[0] != losses[1]
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
