@@ -17,9 +17,11 @@ def machine() -> dict[str, Any]:
     """The machine and the versions that figures depend on."""
     model = platform.processor() or platform.machine()
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        first = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        described = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+        # A virtual machine's name may be as short as "AMD EPYC", of many generations.
+        model = "{model name} (family {cpu family}, model {model})".format(**described)
+    except (OSError, KeyError):
         pass
     return {
         "device": jax.devices()[0].device_kind,

@@ -372,7 +372,7 @@ def prefill(system: Diagonal, u, lengths, *, state=None):
 
 def _ring(system: Diagonal, state, length: int):
     """What an initial state adds to the outputs, Re(C Ā^{l+1} x): [B, L, H]."""
-    weights = multiply(*multiply(*state, system.c_re, system.c_im), *power(system.pole, jnp.asarray(1)))
+    weights = multiply(*multiply(*state, system.c_re, system.c_im), *power(system.pole, 1))
     return jnp.swapaxes(modal_sum(*weights, system.pole, length), 1, 2)
 
 

@@ -25,7 +25,7 @@ from jax import lax
 
 from t5x_ssm.ssm import pallas_scan
 from t5x_ssm.ssm.double_float import computed_once
-from t5x_ssm.ssm.powers import Pole, multiply, power
+from t5x_ssm.ssm.powers import Pole, log_power, multiply
 
 # Floats of the states that advance in one step: enough that a step outlasts its start, few enough to stay in cache.
 STEP_ELEMENTS = 1 << 15
@@ -39,20 +39,18 @@ class _Multiplier(NamedTuple):
     """Ā and Ā^T, and the pole that they are powers of.
 
     Attributes:
-      re: their real parts, [2, P].
-      im: minus and plus their imaginary parts, for the two planes of what they multiply, [2, 2, P].
+      factors: their real parts, and minus and plus their imaginary parts for the two planes of what they multiply, [2, 3, P].
       pole: log Ā.
     """
 
-    re: jax.Array
-    im: jax.Array
+    factors: jax.Array
     pole: Pole
 
     def times(self, x, *, steps_of_block: bool = False, conjugate: bool = False):
         """Ā x, or Ā^T x, or their conjugates times x; x in planes [..., 2, P]."""
-        which = int(steps_of_block)
-        turned = self.im[which] * _swap(x)
-        return self.re[which] * x + (-turned if conjugate else turned)
+        factors = self.factors[int(steps_of_block)]
+        turned = factors[1:] * _swap(x)
+        return factors[0] * x + (-turned if conjugate else turned)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -76,9 +74,12 @@ def states(pole: Pole, v, state=None, resets=None, reverse: bool = False):
 
 def _forward(pole, v, state, resets, reverse):
     block = _block_length(*v.shape)
-    # All loops, of the backward pass too, share these sines and cosines.
-    re, im = map(computed_once, jax.vmap(functools.partial(power, pole))(jnp.array([1, block])))
-    multiplier = _Multiplier(re, jnp.stack([-im, im], axis=1), pole)
+    # One program for the three rows, whose sines and cosines all loops, of the backward pass too, share.
+    row = np.arange(3)[:, None]
+    log_size, angle = log_power(pole, jnp.array([[1] * 3, [block] * 3])[..., None])
+    turned = jnp.where(row == 0, jnp.cos(angle), jnp.where(row == 1, -1, 1) * jnp.sin(angle))
+    factors = computed_once(jnp.exp(log_size) * turned)
+    multiplier = _Multiplier(factors, pole)
     x, _ = _run(multiplier, v, state, resets, block, reverse)
     return x, (multiplier, x, state, resets)
 
@@ -96,7 +97,7 @@ def _backward(reverse, residuals, x_bar):
         state_bar = multiplier.times(entered, conjugate=True)
         re, im = re + jnp.sum(entered * state, (0, 1)), im + _cross(entered, state)
     # From dL/dĀ to dL/d log Ā; the phase is in turns.
-    log_decay, angle = multiply(re, im, multiplier.re[0], multiplier.im[0, 0])
+    log_decay, angle = multiply(re, im, multiplier.factors[0, 0], multiplier.factors[0, 1])
     pole_bar = Pole(log_decay, 2 * np.pi * angle, jnp.zeros_like(angle))
     return pole_bar, v_bar, state_bar, None
 

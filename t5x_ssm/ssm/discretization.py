@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_ssm.ssm import double_float
-from t5x_ssm.ssm.double_float import Double, double
+from t5x_ssm.ssm.double_float import Double, computed_once, double
 from t5x_ssm.ssm.powers import Pole, multiply, power_minus_one
 
 # |Ā|² where the bilinear rule maps a pole to zero itself, so that its logarithm exists.
@@ -20,6 +20,9 @@ _SMALLEST_SQUARE = 1e-30
 # Of ((e^z - 1)/z)' = Σ z^k / (k! (k + 2)). Where |z| < 0.1 the first five terms do for float32, off by 2·10⁻⁸ of the whole, and
 # these eight for float64, off by 10⁻¹³.
 _DERIVATIVE = tuple(1 / (math.factorial(k) * (k + 2)) for k in range(8))
+
+# Of |z|². Where |z| is less than 10⁻¹⁶, (e^z - 1)/z is 1 to all digits; and the square of that does not underflow.
+_AT_REST = 1e-32
 
 
 def divide(a_re, a_im, b_re, b_im):
@@ -52,7 +55,8 @@ def zoh(lambda_re, lambda_im, step, step_im=None) -> tuple[Pole, tuple]:
     angle = double_float.multiply(step_im, lambda_im)
     pole = _pole(step.high * lambda_re, angle)
     z = step.high * lambda_re, step_im.high * lambda_im.high
-    gain = _exponential_quotient(pole, *z)
+    # As a split, whose transpose is a concatenation, which the compiler takes apart again.
+    gain = [x[0] for x in jnp.split(_exponential_quotient(pole, *z), 2)]
     if step_im is step:
         return pole, (step.high * gain[0], step.high * gain[1])
     return pole, multiply(*gain, *divide(*z, lambda_re, lambda_im.high))
@@ -60,29 +64,41 @@ def zoh(lambda_re, lambda_im, step, step_im=None) -> tuple[Pole, tuple]:
 
 @jax.custom_jvp
 def _exponential_quotient(pole: Pole, z_re, z_im):
-    """(e^z - 1)/z for z = log Ā, which `pole` holds to all digits; its derivative is with respect to z."""
-    # Below 10⁻¹⁶ the quotient is 1 to all digits; and the square of that does not underflow.
-    at_rest = jnp.square(z_re) + jnp.square(z_im) < 1e-32
-    re, im = divide(*power_minus_one(pole, jnp.ones((), jnp.int32)), jnp.where(at_rest, 1, z_re), z_im)
-    return double_float.computed_once(jnp.where(at_rest, 1, re)), double_float.computed_once(im)
+    """(e^z - 1)/z for z = log Ā, which `pole` holds to all digits, as planes [2, ...]; its derivative is with respect to z."""
+    at_rest = jnp.square(z_re) + jnp.square(z_im) < _AT_REST
+    quotient = _divide(computed_once(power_minus_one(pole, 1)), z_re, z_im)
+    return computed_once(jnp.where(at_rest, _planes_of(1, 0, z_re.ndim), quotient))
 
 
 @_exponential_quotient.defjvp
 def _(primals, tangents):
     # With q the quotient the derivative is (e^z - q)/z = q + (1 - q)/z, which cancels where z is small.
     pole, z_re, z_im = primals
-    re, im = _exponential_quotient(pole, z_re, z_im)
-    small = jnp.square(z_re) + jnp.square(z_im) < 0.01
+    quotient = _exponential_quotient(pole, z_re, z_im)
+    square = jnp.square(z_re) + jnp.square(z_im)
+    small = square < 0.01
+    # There a series. Its remainder by (x - z)(x - z̄) = x² - 2 Re(z) x + |z|² is real, constant + factor · x, and equal at x = z.
     terms = _DERIVATIVE[:5] if z_re.dtype == jnp.float32 else _DERIVATIVE
-    near = jnp.where(small, z_re, 0), jnp.where(small, z_im, 0)
-    near_re, near_im = jnp.full_like(z_re, terms[-1]), jnp.zeros_like(z_im)
+    factor, constant = 0.0, terms[-1]
     for coefficient in terms[-2::-1]:
-        near_re, near_im = multiply(near_re, near_im, *near)
-        near_re = near_re + coefficient
-    far_re, far_im = divide(1 - re, -im, jnp.where(small, 1, z_re), z_im)
-    far_re, far_im = re + far_re, im + far_im
-    slope = [double_float.computed_once(jnp.where(small, *x)) for x in ((near_re, far_re), (near_im, far_im))]
-    return (re, im), multiply(*slope, *tangents[1:])
+        factor, constant = constant + 2 * z_re * factor, coefficient - square * factor
+    one, i = _planes_of(1, 0, z_re.ndim), _planes_of(0, 1, z_re.ndim)
+    near = one * (constant + factor * z_re) + i * (factor * z_im)
+    far = quotient + _divide(one - quotient, z_re, z_im)
+    slope = computed_once(jnp.where(small, near, far))
+    return quotient, jnp.stack(multiply(*slope, *tangents[1:]))
+
+
+def _planes_of(re, im, dimensions):
+    """A complex number as planes that broadcast against arrays of so many dimensions."""
+    return np.reshape([re, im], (2,) + (1,) * dimensions)
+
+
+def _divide(planes, z_re, z_im):
+    """A complex array in planes [2, ...] over another that is not at rest, as planes."""
+    turned = _planes_of(1, -1, z_re.ndim) * z_im * planes[::-1]
+    square = jnp.square(z_re) + jnp.square(z_im)
+    return (z_re * planes + turned) * (1 / jnp.where(square < _AT_REST, 1, square))
 
 
 def bilinear(lambda_re, lambda_im, step) -> tuple[Pole, tuple]:

@@ -168,9 +168,10 @@ def _power_of_two(exponents):
 
 def reduce_turns(turns: Double) -> Double:
     """An angle in turns less its nearest whole number of turns."""
-    # Remainders are exact; and a compiler keeps them rather than repeat them with all that leads to them.
-    one = jnp.ones_like(turns.high)
-    rest, low = lax.rem(turns.high, one), lax.rem(turns.low, one)
+    # Remainders are exact; and a compiler keeps them rather than repeat them with all that leads to them. As one array they
+    # are one program.
+    both = jnp.where((np.arange(2) == 0).reshape(2, *(1,) * turns.high.ndim), turns.high, turns.low)
+    rest, low = lax.rem(both, jnp.ones_like(both))
     # The whole turns are those of the sum: more than half a turn would be too much for `fraction_of_turns`.
     return _with_derivative_of(turns.high, _sum_of_floats(rest - jnp.round(rest + low), low))
 

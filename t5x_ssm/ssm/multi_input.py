@@ -133,7 +133,10 @@ def _leave(system: MultiInput, x, u, backward=None):
     rows = _cast(system, u).reshape(-1, u.shape[-1])
     y = system.d * rows
     for c_re, c_im, planes in pairs:
-        y = y + _matmul(planes.reshape(len(rows), -1), jnp.concatenate([c_re, -c_im], axis=1), u)
+        modes = c_re.shape[1]
+        # Side by side; as a sum, because XLA on CPU makes programs of a concatenation of columns and of each of its parts.
+        matrix = jnp.pad(c_re, [(0, 0), (0, modes)]) - jnp.pad(c_im, [(0, 0), (modes, 0)])
+        y = y + _matmul(planes.reshape(len(rows), -1), matrix, u)
     return y.reshape(u.shape).astype(u.dtype)
 
 
@@ -191,7 +194,7 @@ def scan(system: MultiInput, u, *, state=None, resets=None, step_scale=None):
 def _irregular_scan(system, u, state, resets, step_scale):
     if system.whole_turns is None:
         raise ValueError("step_scale needs discretization='zoh': only then is a step of another size Ā to that power")
-    one = divide(jnp.ones_like(system.d[:1]), 0, *power_minus_one(system.pole, jnp.asarray(1)))
+    one = divide(jnp.ones_like(system.d[:1]), 0, *power_minus_one(system.pole, 1))
 
     def step(inputs, x):
         token, scale = inputs

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from t5x_ssm.ssm import double_float
@@ -55,12 +56,18 @@ def fraction_of_turns(turns, turns_low, exponents):
     return value_with_derivative_of(value, length * turns)
 
 
-def _log_power(pole: Pole, exponents):
-    """The logarithm of Ā^l, less whole turns; arguments and results as `power`."""
+def log_power(pole: Pole, exponents):
+    """The logarithm of Ā^l, less whole turns: real and imaginary part, in the shape to which pole and exponents broadcast."""
+    if isinstance(exponents, int) and exponents == 1:  # nothing wraps, so there is less to compile
+        return pole.log_decay, 2 * jnp.pi * (pole.turns + lax.stop_gradient(pole.turns_low))
     exponents = jnp.asarray(exponents)
-    log_decay, turns, low = (x.reshape(x.shape + (1,) * exponents.ndim) for x in pole)
-    angle = 2 * jnp.pi * fraction_of_turns(turns, low, exponents)
-    return log_decay * exponents.astype(log_decay.dtype), angle
+    angle = 2 * jnp.pi * fraction_of_turns(pole.turns, pole.turns_low, exponents)
+    return pole.log_decay * exponents.astype(pole.log_decay.dtype), angle
+
+
+def _each(pole: Pole, exponents) -> Pole:
+    """The pole with an axis for each of the exponents'."""
+    return Pole(*(x.reshape(x.shape + (1,) * np.ndim(exponents)) for x in pole))
 
 
 def power(pole: Pole, exponents):
@@ -68,12 +75,12 @@ def power(pole: Pole, exponents):
 
     Args:
       pole: fields of shape S.
-      exponents: integers below 2³¹ in size, shape E.
+      exponents: integers below 2³¹ in size, shape E, or 1.
 
     Returns:
       Real and imaginary parts, each of shape S + E.
     """
-    return _exponential(*_log_power(pole, exponents))
+    return _exponential(*log_power(_each(pole, exponents), exponents))
 
 
 @jax.custom_jvp
@@ -90,9 +97,13 @@ def _(primals, tangents):
 
 
 def power_minus_one(pole: Pole, exponents):
-    """Ā^l - 1 without cancellation where Ā^l is close to 1; arguments and results as `power`."""
-    exponent, angle = _log_power(pole, exponents)
-    return jnp.expm1(exponent) - 2 * jnp.exp(exponent) * jnp.sin(angle / 2) ** 2, jnp.exp(exponent) * jnp.sin(angle)
+    """Ā^l - 1 without cancellation where Ā^l is close to 1; arguments as `power`, results as planes [2, S + E]."""
+    exponent, angle = log_power(_each(pole, exponents), exponents)
+    # Both planes are one program: each asks for the functions of its own arguments, and gets what it does not need of zero.
+    real = (np.arange(2) == 0).reshape(2, *(1,) * exponent.ndim)
+    growth, size = jnp.expm1(jnp.where(real, exponent, 0)), jnp.exp(jnp.where(real, 0, exponent))
+    sine = jnp.sin(jnp.where(real, angle / 2, angle))
+    return jnp.where(real, growth - 2 * (1 + growth) * jnp.square(sine), size * sine)
 
 
 def one_step(pole: Pole) -> tuple[Double, Double]:

@@ -24,11 +24,15 @@ def test_the_exponential_stays_small():
 
 
 def test_a_discretisation_and_its_gradient_stay_small():
-    """What shares a long chain must not each have a copy of it: with copies this has 1,953 instructions, without 620."""
+    """What shares a long chain must not each have a copy of it: with copies this has 1,953 instructions, without 467.
+
+    And every fusion is a program of its own to LLVM, however small: in pairs of arrays there are 23, in planes 15.
+    """
 
     def program(re, im, log_step):
         (pole, gain), transpose = jax.vjp(lambda *x: zoh(*x[:2], double_float.exp(x[2])), re, im, log_step)
         return (pole, gain), transpose((pole, gain))
 
-    compiled = jax.jit(program).lower(*jnp.ones((3, 8))).compile()
-    assert compiled.as_text().count(" = ") < 900
+    compiled = jax.jit(program).lower(*jnp.ones((3, 8))).compile().as_text()
+    assert compiled.count(" = ") < 600
+    assert compiled.count(" fusion(") < 20
