@@ -40,6 +40,7 @@ from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.train import batch_shapes, use_compilation_cache
 from t5x_ssm.training import consensus, places, restoring
 from t5x_ssm.training.evaluation import sum_over_batches
+from t5x_ssm.training.host_memory import keep_freed_memory
 from t5x_ssm.training.metrics import summarise_sums
 from t5x_ssm.training.sharded_state import abstract_mutables, abstract_parameters
 from t5x_ssm.training.train_step import make_eval_step
@@ -75,6 +76,7 @@ def evaluate(
       The exit status, 0.
     """
     use_compilation_cache()
+    keep_freed_memory()
     folder = places.place(output_dir, "EVAL_OUTPUT_DIR")
     device_mesh = mesh_lib.make_mesh(mesh)
     feed_lib.check_config(dataset_cfg, batch_parts.share(device_mesh)[1])

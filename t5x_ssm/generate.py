@@ -28,6 +28,7 @@ from t5x_ssm.models.objectives import Classification, SequenceToSequence
 from t5x_ssm.parallel import mesh as mesh_lib
 from t5x_ssm.train import use_compilation_cache
 from t5x_ssm.training import restoring
+from t5x_ssm.training.host_memory import keep_freed_memory
 from t5x_ssm.training.sharded_state import abstract_parameters
 from tasks import vocabularies
 
@@ -93,6 +94,7 @@ def restore_network(model: Any, checkpoint_path: str) -> restoring.RestoredParam
     if isinstance(model, Classification):
         raise UserError("MODEL is a classifier, which writes no text; python -m t5x_ssm.eval tells its accuracy.")
     use_compilation_cache()
+    keep_freed_memory()
     firsts = {device.process_index: device for device in reversed(jax.devices())}
     mesh = mesh_lib.make_mesh(devices=[firsts[process] for process in sorted(firsts)])
     names = ("decoder_input_tokens", "encoder_input_tokens")  # An objective takes what it knows.

@@ -24,7 +24,16 @@ from t5x_ssm.errors import CheckpointError, UserError
 from t5x_ssm.models.objectives import Classification
 from t5x_ssm.parallel import batch_parts, processes
 from t5x_ssm.parallel import mesh as mesh_lib
-from t5x_ssm.training import checkpoints, consensus, folder_lock, places, preemption, restoring, run_folder
+from t5x_ssm.training import (
+    checkpoints,
+    consensus,
+    folder_lock,
+    host_memory,
+    places,
+    preemption,
+    restoring,
+    run_folder,
+)
 from t5x_ssm.training import goodput as goodput_lib
 from t5x_ssm.training import trainer as trainer_lib
 from t5x_ssm.training.metrics import MetricsLog
@@ -93,6 +102,7 @@ def train(
       The exit status, 0.
     """
     use_compilation_cache()
+    host_memory.keep_freed_memory()
     check_counts(total_steps, eval_steps, eval_period)
     folder = places.place(model_dir, "MODEL_DIR")
     main = jax.process_index() == 0
