@@ -66,7 +66,7 @@ def zoh(lambda_re, lambda_im, step, step_im=None) -> tuple[Pole, tuple]:
 def _exponential_quotient(pole: Pole, z_re, z_im):
     """(e^z - 1)/z for z = log Ā, which `pole` holds to all digits, as planes [2, ...]; its derivative is with respect to z."""
     at_rest = jnp.square(z_re) + jnp.square(z_im) < _AT_REST
-    quotient = _divide(computed_once(power_minus_one(pole, 1)), z_re, z_im)
+    quotient = _divide_planes(computed_once(power_minus_one(pole, 1)), z_re, z_im)
     return computed_once(jnp.where(at_rest, _planes_of(1, 0, z_re.ndim), quotient))
 
 
@@ -75,16 +75,17 @@ def _(primals, tangents):
     # With q the quotient the derivative is (e^z - q)/z = q + (1 - q)/z, which cancels where z is small.
     pole, z_re, z_im = primals
     quotient = _exponential_quotient(pole, z_re, z_im)
-    square = jnp.square(z_re) + jnp.square(z_im)
-    small = square < 0.01
+    small = jnp.square(z_re) + jnp.square(z_im) < 0.01
     # There a series. Its remainder by (x - z)(x - z̄) = x² - 2 Re(z) x + |z|² is real, constant + factor · x, and equal at x = z.
+    near_re, near_im = jnp.where(small, z_re, 0), jnp.where(small, z_im, 0)
+    square = jnp.square(near_re) + jnp.square(near_im)
     terms = _DERIVATIVE[:5] if z_re.dtype == jnp.float32 else _DERIVATIVE
     factor, constant = 0.0, terms[-1]
     for coefficient in terms[-2::-1]:
-        factor, constant = constant + 2 * z_re * factor, coefficient - square * factor
+        factor, constant = constant + 2 * near_re * factor, coefficient - square * factor
     one, i = _planes_of(1, 0, z_re.ndim), _planes_of(0, 1, z_re.ndim)
-    near = one * (constant + factor * z_re) + i * (factor * z_im)
-    far = quotient + _divide(one - quotient, z_re, z_im)
+    near = one * (constant + factor * near_re) + i * (factor * near_im)
+    far = quotient + _divide_planes(one - quotient, z_re, z_im)
     slope = computed_once(jnp.where(small, near, far))
     return quotient, jnp.stack(multiply(*slope, *tangents[1:]))
 
@@ -94,7 +95,7 @@ def _planes_of(re, im, dimensions):
     return np.reshape([re, im], (2,) + (1,) * dimensions)
 
 
-def _divide(planes, z_re, z_im):
+def _divide_planes(planes, z_re, z_im):
     """A complex array in planes [2, ...] over another that is not at rest, as planes."""
     turned = _planes_of(1, -1, z_re.ndim) * z_im * planes[::-1]
     square = jnp.square(z_re) + jnp.square(z_im)
