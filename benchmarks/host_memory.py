@@ -1,8 +1,7 @@
 """Runs on CPUs that keep the memory they free: `python -m benchmarks.host_memory [--repeats=5]`.
 
 The gradient of S5's layer at batch 4 and 256 channels, and the steps of the quickstart's model, each in processes of their own that
-take turns: as they come, and as `training.host_memory` has the commands run. Page faults a run, and how many
-times faster. Writes benchmarks/results/host_memory.json.
+take turns: as they come, and as `training.host_memory` has the commands run. Page faults a run, and how many times faster. Writes benchmarks/results/host_memory.json.
 """
 
 import argparse

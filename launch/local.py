@@ -1,6 +1,6 @@
 """Several processes of one training run on this machine, just as the hosts of a pod run it.
 
-    python -m launch.local --processes=4 --devices_per_process=2 -- --gin_file=quickstart.gin --gin.MODEL_DIR=/tmp/run
+    python -m launch.local --processes=4 --devices_per_process=2 -- --gin_file=quickstart.gin --gin.MODEL_DIR=runs/first
 
 Process 0 speaks as if it were alone; the lines of the others carry their number, or go to files (--log_dir). SIGTERM and
 Ctrl-C are passed on: all processes save the same step and leave. When a process fails, the others are stopped.

@@ -1,4 +1,4 @@
-"""Pretraining: `python -m t5x_ssm.train --gin_file=quickstart.gin --gin.MODEL_DIR=/tmp/run`.
+"""Pretraining: `python -m t5x_ssm.train --gin_file=quickstart.gin --gin.MODEL_DIR=runs/first`.
 
 Start it again with the same command and it goes on from the newest checkpoint. SIGTERM and Ctrl-C finish the step, save,
 and leave with status 0. A run of several processes is the same command in each, see `t5x_ssm.parallel.processes`.

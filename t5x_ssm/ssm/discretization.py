@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_ssm.ssm import double_float
-from t5x_ssm.ssm.double_float import Double, computed_once, double
+from t5x_ssm.ssm.double_float import Double, computed_once, double, planes_of
 from t5x_ssm.ssm.powers import Pole, multiply, power_minus_one
 
 # |Ā|² where the bilinear rule maps a pole to zero itself, so that its logarithm exists.
@@ -67,7 +67,7 @@ def _exponential_quotient(pole: Pole, z_re, z_im):
     """(e^z - 1)/z for z = log Ā, which `pole` holds to all digits, as planes [2, ...]; its derivative is with respect to z."""
     at_rest = jnp.square(z_re) + jnp.square(z_im) < _AT_REST
     quotient = _divide_planes(computed_once(power_minus_one(pole, 1)), z_re, z_im)
-    return computed_once(jnp.where(at_rest, _planes_of(1, 0, z_re.ndim), quotient))
+    return computed_once(jnp.where(at_rest, planes_of(1, 0, z_re.ndim), quotient))
 
 
 @_exponential_quotient.defjvp
@@ -83,21 +83,16 @@ def _(primals, tangents):
     factor, constant = 0.0, terms[-1]
     for coefficient in terms[-2::-1]:
         factor, constant = constant + 2 * near_re * factor, coefficient - square * factor
-    one, i = _planes_of(1, 0, z_re.ndim), _planes_of(0, 1, z_re.ndim)
+    one, i = planes_of(1, 0, z_re.ndim), planes_of(0, 1, z_re.ndim)
     near = one * (constant + factor * near_re) + i * (factor * near_im)
     far = quotient + _divide_planes(one - quotient, z_re, z_im)
     slope = computed_once(jnp.where(small, near, far))
     return quotient, jnp.stack(multiply(*slope, *tangents[1:]))
 
 
-def _planes_of(re, im, dimensions):
-    """A complex number as planes that broadcast against arrays of so many dimensions."""
-    return np.reshape([re, im], (2,) + (1,) * dimensions)
-
-
 def _divide_planes(planes, z_re, z_im):
     """A complex array in planes [2, ...] over another that is not at rest, as planes."""
-    turned = _planes_of(1, -1, z_re.ndim) * z_im * planes[::-1]
+    turned = planes_of(1, -1, z_re.ndim) * z_im * planes[::-1]
     square = jnp.square(z_re) + jnp.square(z_im)
     return (z_re * planes + turned) * (1 / jnp.where(square < _AT_REST, 1, square))
 

@@ -43,6 +43,14 @@ def computed_once(x):
     return lax.rem(x, jnp.full_like(x, jnp.finfo(x.dtype).max))
 
 
+def planes_of(first, second, dimensions: int) -> np.ndarray:
+    """Two constants as planes [2, 1, ...] that broadcast against arrays of so many dimensions.
+
+    Two arrays that share a long chain are one program as planes of one array, and two as a pair.
+    """
+    return np.reshape([first, second], (2,) + (1,) * dimensions)
+
+
 def constant(value, dtype) -> Double:
     """A float64 number or numpy array rounded to a pair of `dtype`, which the compiler does not see through.
 
@@ -168,9 +176,8 @@ def _power_of_two(exponents):
 
 def reduce_turns(turns: Double) -> Double:
     """An angle in turns less its nearest whole number of turns."""
-    # Remainders are exact; and a compiler keeps them rather than repeat them with all that leads to them. As one array they
-    # are one program.
-    both = jnp.where((np.arange(2) == 0).reshape(2, *(1,) * turns.high.ndim), turns.high, turns.low)
+    # Remainders are exact; and a compiler keeps them rather than repeat them with all that leads to them.
+    both = jnp.where(planes_of(True, False, turns.high.ndim), turns.high, turns.low)
     rest, low = lax.rem(both, jnp.ones_like(both))
     # The whole turns are those of the sum: more than half a turn would be too much for `fraction_of_turns`.
     return _with_derivative_of(turns.high, _sum_of_floats(rest - jnp.round(rest + low), low))

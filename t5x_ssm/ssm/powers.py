@@ -100,7 +100,7 @@ def power_minus_one(pole: Pole, exponents):
     """Ā^l - 1 without cancellation where Ā^l is close to 1; arguments as `power`, results as planes [2, S + E]."""
     exponent, angle = log_power(_each(pole, exponents), exponents)
     # Both planes are one program: each asks for the functions of its own arguments, and gets what it does not need of zero.
-    real = (np.arange(2) == 0).reshape(2, *(1,) * exponent.ndim)
+    real = double_float.planes_of(True, False, exponent.ndim)
     growth, size = jnp.expm1(jnp.where(real, exponent, 0)), jnp.exp(jnp.where(real, 0, exponent))
     sine = jnp.sin(jnp.where(real, angle / 2, angle))
     return jnp.where(real, growth - 2 * (1 + growth) * jnp.square(sine), size * sine)
